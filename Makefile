@@ -1,0 +1,65 @@
+# make demo    everything from nothing: engines, a real small model in many formats, the chart
+# make test    the test-suite, with real engines on that model
+# make check   ruff, mypy and the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODELS ?= models/smollm2
+PIP_EXTRA ?=
+JOBS ?= 2
+
+# llama.cpp without its tools, servers and tests: the library alone compiles in half the time.
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+	-DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_COMMON=OFF -DLLAMA_CURL=OFF
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_EXTRA)
+
+.PHONY: demo test check fmt lint type schema bench clean help
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("evalq needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing engines into $(VENV) (compiles llama.cpp: about six minutes on two cores, once)"
+	$(INSTALL) --editable '.[hf,gguf,plot]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python demo/build.py --models $(MODELS)
+	$(BIN)/python compare.py -d demo/specs/data.json -m demo/specs/hf.json demo/specs/gguf.json \
+		-p -o plots/out/demo.png -t "SmolLM2-135M-Instruct" --markdown plots/out/demo.md --offline
+	@echo "the chart is plots/out/demo.png, the table plots/out/demo.md"
+
+test: $(VENV)/.dev
+	$(BIN)/python demo/build.py --models $(MODELS)
+	EVALQ_TEST_MODELS=$(MODELS) $(BIN)/pytest -n $(JOBS) --dist loadgroup
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(VENV)/.dev
+	$(BIN)/mypy
+
+fmt: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: lint type test
+
+# The JSON Schemas of the specs, after a change to evalq/spec.py.
+schema: $(VENV)/.dev
+	$(BIN)/python -m evalq.schema specs/schema
+
+# Agreement and speed beside the peers; needs the original wiki.test.raw in $$EVALQ_WIKITEXT2.
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py all --models $(MODELS)
+
+clean:
+	rm -rf $(VENV) build dist plots/out .work models

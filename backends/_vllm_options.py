@@ -1,0 +1,162 @@
+"""What a model spec may tell vLLM, and the engine arguments that follow from it.
+
+Names are vLLM's own: https://docs.vllm.ai/en/latest/configuration/engine_args/
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from evalq.backend import LoadRequest, Option
+from evalq.errors import ModelError
+
+# Tokens per step. vLLM's first model runner makes the logits of a whole step at once and does not count
+# them when it divides the GPU's memory, so more would buy little speed and risk running out of memory.
+STEP_TOKENS = 2048
+# Per token of a step and entry of the vocabulary: bf16 logits, float32 log-probabilities, a comparison.
+LOGPROB_BYTES = 8
+UTILIZATION_MAX = 0.9
+GIB = 2**30
+
+OPTIONS = {
+    "dtype": Option(
+        (str,),
+        "of arithmetic and plain weights (default auto: the checkpoint's)",
+        ("auto", "float32", "bfloat16", "float16"),
+        numeric=True,
+    ),
+    "quantization": Option((str,), "method, where the checkpoint does not name it or names it wrongly", numeric=True),
+    "kv_cache_dtype": Option((str,), "auto (default: the model's), fp8, fp8_e4m3, fp8_e5m2, ...", numeric=True),
+    "linear_backend": Option((str,), "kernel family of linear layers; emulation: the format's own numerics", numeric=True),
+    "moe_backend": Option((str,), "kernel family of expert layers", numeric=True),
+    "attention_backend": Option((str,), "attention kernel, FLASH_ATTN, FLASHINFER, ... (default: vLLM's choice)", numeric=True),
+    "max_model_len": Option((int,), "longest sequence (default: one more than the longest window)"),
+    "max_num_batched_tokens": Option((int,), "tokens per step (default: whole windows, up to 2048)"),
+    "max_num_seqs": Option((int,), "windows per step (default: as many as fit into max_num_batched_tokens)"),
+    "gpu_memory_utilization": Option(
+        (int, float), "share of each GPU that vLLM takes (default 0.9, less where the logits need room)"
+    ),
+    "kv_cache_gib": Option((int,), "GiB of KV cache (default: a step's need on a CPU, the rest of the GPU)"),
+    "tensor_parallel_size": Option((int,), "GPUs that share each layer (default 1)"),
+    "pipeline_parallel_size": Option((int,), "groups of layers on GPUs of their own (default 1)"),
+    "enable_expert_parallel": Option((bool,), "experts instead of slices of them on each GPU"),
+    "distributed_executor_backend": Option((str,), "mp (one machine) or ray (several)", ("mp", "ray", "uni")),
+    "disable_custom_all_reduce": Option((bool,), "NCCL only, for GPUs without peer access"),
+    "cpu_offload_gb": Option((int, float), "GiB of weights per GPU kept in RAM (default 0)"),
+    "swap_space": Option((int, float), "GiB of RAM for swapped sequences, older versions only"),
+    "enforce_eager": Option((bool,), "no torch.compile, no CUDA graphs (default true: neither pays for windows)"),
+    "load_format": Option((str,), "auto (default), safetensors, runai_streamer, ..."),
+    "seed": Option((int,), "vLLM's (default 0); scoring draws no random numbers"),
+    "threads": Option((int,), "CPU threads (default: one per core)"),
+}
+# Those that are not engine arguments.
+_OWN = ("threads", "kv_cache_gib")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where vLLM will run.
+
+    Args:
+        is_cpu: it is a CPU build.
+        count: devices of this machine.
+        memory_bytes: of each device.
+        name: of the first.
+        capability: CUDA's (major, minor), None elsewhere.
+    """
+
+    is_cpu: bool
+    count: int
+    memory_bytes: int
+    name: str
+    capability: tuple[int, int] | None
+
+
+def engine_arguments(
+    request: LoadRequest, hardware: Hardware, vocab_size: int, known: set[str], version: str
+) -> dict[str, Any]:
+    """Arguments of vllm.LLM for scoring windows, the spec's own on top.
+
+    A step holds whole windows when they are short, so what is computed together is the same whichever
+    windows are left to score.
+
+    Args:
+        request: path, longest window and options.
+        hardware: to fit the defaults to.
+        vocab_size: for the memory of a step's logits.
+        known: names that this version accepts.
+        version: vLLM's.
+
+    Raises:
+        ModelError: bad_option or window_too_long.
+    """
+    options = {name: value for name, value in request.options.items() if name not in _OWN}
+    for name in options:
+        if name not in known:
+            raise ModelError(f"vLLM {version} has no option {name}", "bad_option", "remove it")
+    tokens = request.window_tokens
+    fitting = max(1, options.get("max_num_batched_tokens", STEP_TOKENS) // tokens)
+    arguments: dict[str, Any] = {
+        "model": str(request.path),
+        "trust_remote_code": request.trust_remote_code,
+        "max_model_len": tokens + 1,
+        "max_num_seqs": fitting,
+        "max_num_batched_tokens": min(STEP_TOKENS, fitting * tokens),
+        # Windows share their beginnings, and cached tokens have no log-probabilities.
+        "enable_prefix_caching": False,
+        # Ids come in, numbers go out.
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if not hardware.is_cpu:
+        arguments["gpu_memory_utilization"] = _utilization(hardware.memory_bytes, vocab_size)
+        if "kv_cache_gib" in request.options:
+            arguments["kv_cache_memory_bytes"] = request.options["kv_cache_gib"] * GIB
+    arguments |= options
+    # vLLM wants at least one window's tokens in a step's budget where it cannot cut windows into chunks.
+    arguments["max_num_batched_tokens"] = max(arguments["max_num_batched_tokens"], arguments["max_num_seqs"])
+    _check(arguments, hardware, tokens)
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def _utilization(memory_bytes: int, vocab_size: int) -> float:
+    """0.9, or less where the rest of the GPU would not hold a step's log-probabilities."""
+    needed = STEP_TOKENS * vocab_size * LOGPROB_BYTES
+    return round(min(UTILIZATION_MAX, max(0.5, 0.97 - needed / memory_bytes)), 3)
+
+
+def _check(arguments: dict[str, Any], hardware: Hardware, window_tokens: int) -> None:
+    longest = arguments["max_model_len"] - 1
+    if window_tokens > longest:
+        raise ModelError(
+            f"a window has {window_tokens} tokens and max_model_len is {longest + 1}: it must be longer",
+            "window_too_long",
+            f"remove max_model_len from the options, or set eval_len to {longest} or less",
+        )
+    asked = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
+    one_machine = arguments.get("distributed_executor_backend") != "ray"
+    if not hardware.is_cpu and one_machine and asked > hardware.count:
+        raise ModelError(
+            f"tensor_parallel_size x pipeline_parallel_size is {asked}, this machine has {hardware.count} "
+            f"GPU{'s' if hardware.count != 1 else ''}",
+            "bad_option",
+            "lower them, or join machines with Ray",
+        )
+
+
+def cpu_kv_gib(config: dict[str, Any], tokens: int) -> int:
+    """GiB of KV cache for some tokens in float32, an upper bound for the usual attention.
+
+    2 (keys, values) * layers * KV heads * head size * 4 bytes per token, and half as much again for blocks
+    that are not full.
+    """
+    text = config.get("text_config", config)
+    layers = text.get("num_hidden_layers") or text.get("n_layer") or 0
+    hidden = text.get("hidden_size") or text.get("n_embd") or 0
+    heads = text.get("num_attention_heads") or text.get("n_head") or 1
+    kv_heads = text.get("num_key_value_heads") or heads
+    head_size = text.get("head_dim") or hidden // heads
+    return max(1, math.ceil(1.5 * tokens * 2 * layers * kv_heads * head_size * 4 / GIB))

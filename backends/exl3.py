@@ -1,0 +1,200 @@
+"""ExLlamaV3: EXL3 checkpoints (and unquantized ones, in float16) on CUDA GPUs.
+
+The body runs on a batch of windows, the head only on scored rows, in chunks that bound memory, and columns
+that pad the vocabulary to a multiple of 128 are cropped before the softmax, which is float32 from float32
+logits. `streaming` keeps one module of the model on the GPU at a time and runs every window through it.
+
+Importing exllamav3 compiles its extension where no compiled one is installed, changes the CUDA allocator and
+sets environment variables; that happens in the worker only.
+
+Source: https://github.com/turboderp-org/exllamav3
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from evalq.backend import Batch, Ids, LoadedModel, LoadRequest, Option, TokenScores
+from evalq.backends._exl3_run import CHUNK_ROWS_MIN, INPUT_TOKENS_MIN, MIB, Handle, resident, streamed
+from evalq.backends._exl3_tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from evalq.errors import ModelError
+
+__all__ = [
+    "DISTRIBUTIONS",
+    "INSTALL",
+    "OPTIONS",
+    "close",
+    "forward",
+    "forward_many",
+    "load",
+    "load_tokenizer",
+]
+
+DISTRIBUTIONS = ("exllamav3", "torch")
+INSTALL = "pip install exllamav3"
+OPTIONS = {
+    "device": Option((str,), "cuda:N (default cuda:0); not together with gpu_split"),
+    "gpu_split": Option((list,), "GiB to use of each GPU, [20, 24]: layers are spread over them in order"),
+    "streaming": Option(
+        (bool,), "one module on the GPU at a time, for models larger than its memory (default false)"
+    ),
+    "batch_windows": Option(
+        (int,), "windows per forward (default: as many as fit in 2048 tokens, at least 1)"
+    ),
+    "head_chunk_mib": Option((int,), "most MiB of logits at once (default 32)"),
+}
+BATCH_TOKENS = 2048
+HEAD_CHUNK_MIB = 32
+
+
+def load(request: LoadRequest) -> LoadedModel:
+    """Load a checkpoint directory.
+
+    Raises:
+        ModelError: engine_missing, no_gpu, bad_option, unsupported_format; the engine's own errors are
+            sorted by the caller.
+    """
+    _check(request)
+    import torch
+
+    options = request.options
+    device = torch.device(options.get("device", "cuda:0"))
+    torch.cuda.init()  # exllamav3's loader needs the context before its first allocation
+    model = _model(request)
+    inputs = max(INPUT_TOKENS_MIN, request.window_tokens - 1)
+    batch_windows = options.get("batch_windows", max(1, BATCH_TOKENS // inputs))
+    vocab_size = int(model.config.vocab_size)
+    chunk_bytes = options.get("head_chunk_mib", HEAD_CHUNK_MIB) * MIB
+    chunk_rows = max(CHUNK_ROWS_MIN, chunk_bytes // (4 * vocab_size))
+    if not options.get("streaming", False):
+        split = options.get("gpu_split")
+        if split is None:
+            model.load(device=device)
+        else:
+            # The loader runs each module once on this many tokens to see what fits where.
+            model.load(
+                use_per_device=split, max_chunk_size=batch_windows * inputs, max_output_size=chunk_rows
+            )
+    head = model.modules[-1]
+    model.fwd_modules = [entry for entry in model.fwd_modules if entry[0] is not head]
+    handle = Handle(
+        model, model.modules[:-1], head, vocab_size, chunk_rows, device if options.get("streaming") else None
+    )
+    return LoadedModel(
+        handle=handle,
+        vocab_size=vocab_size,
+        max_positions=None,  # evalq reads config.json itself; the engine invents 8192 where it says nothing
+        device=_devices(model, device),
+        dtype="float16",
+        batch_windows=batch_windows,
+        tokenize=_tokenize_fn(request),
+        peak_memory_bytes=_peak_memory_fn(),
+        versions={"cuda": str(torch.version.cuda)},
+        notes=["streamed: one module on the GPU at a time"] if handle.streaming_device is not None else [],
+    )
+
+
+def forward(model: LoadedModel, ids_BT: Ids, start: int) -> TokenScores:
+    """Score ids_BT[:, start+1:]. The last token predicts nothing that is asked for, so it is not run."""
+    return next(forward_many(model, [Batch(ids_BT, start)]))
+
+
+def forward_many(model: LoadedModel, batches: list[Batch]) -> Iterator[TokenScores]:
+    """Score all batches in their order; with `streaming` every module is loaded once for all of them."""
+    handle: Handle = model.handle
+    scored = resident(handle, batches) if handle.streaming_device is None else streamed(handle, batches)
+    for batch, (logprob, top1) in zip(batches, scored, strict=True):
+        shape = (len(batch.ids_BT), batch.ids_BT.shape[1] - 1 - batch.start)
+        yield TokenScores(logprob.cpu().numpy().reshape(shape), top1.cpu().numpy().reshape(shape))
+
+
+def close(model: LoadedModel) -> None:
+    """Free the model and torch's cache."""
+    import torch
+
+    model.handle.model.unload()
+    model.handle = None
+    torch.cuda.empty_cache()
+
+
+def _check(request: LoadRequest) -> None:
+    """Everything that can be known without importing the engine, which may take minutes to compile."""
+    if request.path.is_file():
+        raise ModelError(
+            f"{request.path.name} is a file, not a checkpoint directory", "bad_option", 'use load_fn "gguf"'
+        )
+    for package in ("exllamav3", "torch"):
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(
+                f"{package} is not installed", "engine_missing", f"{INSTALL} (needs a CUDA build of torch)"
+            )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ModelError(
+            "exllamav3 needs a CUDA GPU and torch sees none",
+            "no_gpu",
+            f'use a machine with an NVIDIA GPU and a CUDA build of torch; there: "{INSTALL}"',
+        )
+    _check_options(request.options)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises ModelError bad_option for values that no type check can refuse."""
+    split = options.get("gpu_split")
+    numbers = split is None or (
+        len(split) > 0 and all(isinstance(g, int | float) and not isinstance(g, bool) for g in split)
+    )
+    if not numbers or (split is not None and (min(split) < 0 or max(split) <= 0)):
+        raise ModelError(f"gpu_split is {split}, not a list of GiB for each GPU", "bad_option")
+    if split is not None and ("device" in options or options.get("streaming")):
+        raise ModelError("gpu_split excludes device and streaming", "bad_option", "remove one of them")
+    device = options.get("device", "cuda:0")
+    if device != "cuda" and not (device.startswith("cuda:") and device[5:].isdecimal()):
+        raise ModelError(f'device is "{device}", exllamav3 runs on cuda:0, cuda:1, ...', "bad_option")
+    for name in ("batch_windows", "head_chunk_mib"):
+        if options.get(name, 1) < 1:
+            raise ModelError(f"{name} is {options[name]}, it should be at least 1", "bad_option")
+
+
+def _model(request: LoadRequest) -> Any:
+    """The model without its weights. The engine refuses architectures by assertions."""
+    from exllamav3 import Config, Model
+
+    try:
+        config = Config.from_directory(str(request.path))
+        if request.overlay is not None:
+            config.stc.add_tensor_files(str(request.overlay))
+        # Models with two sets of rotary factors choose by the length that will be used.
+        config.override_dynamic_seq_len(request.window_tokens)
+        model = Model.from_config(config)
+    except AssertionError as error:
+        raise ModelError(f"exllamav3: {error}", "unsupported_format") from None
+    if config.vocab_size is None or not model.modules[-1].caps.get("logits_output"):
+        raise ModelError(
+            f"exllamav3 builds {config.architecture} without a head at its end", "unsupported_format"
+        )
+    return model
+
+
+def _tokenize_fn(request: LoadRequest) -> Any:
+    if not (request.path / TOKENIZER_FILE).is_file():
+        return None
+    tokenizer: Tokenizer = load_tokenizer(request.path, request.trust_remote_code)
+    return lambda text: tokenizer.encode(text, False)
+
+
+def _peak_memory_fn() -> Any:
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    return lambda: sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+
+
+def _devices(model: Any, device: Any) -> str:
+    """Every GPU that holds a part of the model, with its name."""
+    import torch
+
+    used = {m.device for m in model.modules if m.device is not None}
+    found = sorted({str(torch.device(d)) for d in used if torch.device(d).type == "cuda"} or {str(device)})
+    return ", ".join(f"{name} {torch.cuda.get_device_name(name)}" for name in found)

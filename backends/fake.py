@@ -1,0 +1,123 @@
+"""A deterministic engine without a model, for tests and for writing a backend of your own.
+
+Its `model_dir` is any directory with a `config.json`. The log-probabilities follow from `options`:
+
+- "uniform": every token has probability 1/V, so the perplexity is V.
+- "oracle": the true token has probability 1, so the perplexity is 1.
+- "hashed" (default): a reproducible value from each token, its context and the seed.
+
+`misbehave` makes it fail the way engines do: see OPTIONS.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evalq.backend import Ids, LoadedModel, LoadRequest, Option, TokenScores
+from evalq.errors import ModelError
+
+DISTRIBUTIONS = ("evalq",)
+INSTALL = "pip install evalq"
+OPTIONS = {
+    "mode": Option((str,), "uniform, oracle or hashed", ("uniform", "oracle", "hashed"), numeric=True),
+    "vocab_size": Option((int,), "V (default 65536)", numeric=True),
+    "seed": Option((int,), "of hashed (default 0)", numeric=True),
+    "batch_windows": Option((int,), "windows per forward (default 1)"),
+    "seconds_per_window": Option((int, float), "sleep that long for each window (default 0)"),
+    "misbehave": Option(
+        (str,),
+        "fail the way an engine does; the choices say how (default: it behaves)",
+        ("oom-load", "oom-forward", "kill", "segfault", "hang", "nan", "some-nan", "wrong-shape", "chatter"),
+        numeric=True,
+    ),
+    "misbehave_after": Option((int,), "windows scored before it does (default 0)"),
+}
+
+
+class _Tokenizer:
+    """UTF-8 bytes as ids, with 256 and 257 as BOS and EOS."""
+
+    bos_id, eos_id, adds_bos, vocab_size = 256, 257, False, 258
+
+    def encode(self, text: str, add_special: bool) -> list[int]:
+        return list(text.encode())
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> _Tokenizer:
+    """The byte tokenizer, whatever the path."""
+    return _Tokenizer()
+
+
+def load(request: LoadRequest) -> LoadedModel:
+    """Read options; nothing is loaded."""
+    options = dict(request.options)
+    if options.get("misbehave") == "oom-load":
+        raise MemoryError("failed to allocate 1.00 TiB")
+    if options.get("misbehave") == "chatter":
+        print("an engine that prints to standard output\n" * 3, flush=True)
+    config = request.path / "config.json"
+    positions = json.loads(config.read_text()).get("max_position_embeddings") if config.is_file() else None
+    options["scored"] = 0
+    return LoadedModel(
+        handle=options,
+        vocab_size=options.get("vocab_size", 65536),
+        max_positions=positions,
+        device="cpu",
+        dtype="float32",
+        batch_windows=options.get("batch_windows", 1),
+        notes=["not a model"],
+    )
+
+
+def forward(model: LoadedModel, ids_BT: Ids, start: int) -> TokenScores:
+    """Log-probabilities as the mode says."""
+    options: dict[str, Any] = model.handle
+    time.sleep(options.get("seconds_per_window", 0) * len(ids_BT))
+    mode = options.get("mode", "hashed")
+    targets = ids_BT[:, start + 1 :]
+    if mode == "uniform":
+        logprob = np.full(targets.shape, -np.log(model.vocab_size), np.float32)
+    elif mode == "oracle":
+        logprob = np.zeros(targets.shape, np.float32)
+    else:
+        logprob = _hashed(ids_BT, start, options.get("seed", 0))
+    if options["scored"] >= options.get("misbehave_after", 0):
+        logprob = _misbehave(options.get("misbehave"), logprob)
+    options["scored"] += len(ids_BT)
+    return TokenScores(logprob, logprob > -1.0)
+
+
+def _hashed(ids_BT: Ids, start: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    mixed = np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15) + np.cumsum(ids_BT, axis=1).astype(np.uint64)
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    unit = (mixed >> np.uint64(40)).astype(np.float64) / 2**24
+    return (-6.0 * unit[:, start + 1 :]).astype(np.float32)
+
+
+def _misbehave(how: str | None, logprob: np.ndarray[Any, np.dtype[np.float32]]) -> Any:
+    if how == "oom-forward":
+        raise MemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if how in ("kill", "segfault"):
+        os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSEGV)
+    if how == "hang":
+        time.sleep(3600)
+    if how == "nan":
+        return np.full_like(logprob, np.nan)
+    if how == "some-nan":
+        logprob = logprob.copy()
+        logprob[0, 0] = -np.inf
+    if how == "wrong-shape":
+        return logprob[:, 1:]
+    return logprob
+
+
+def close(model: LoadedModel) -> None:
+    """Nothing to free."""
+    if model.handle is None:
+        raise ModelError("closed twice", "engine_error")
+    model.handle = None

@@ -1,0 +1,324 @@
+"""transformers: any causal language model directory, on a GPU or a CPU.
+
+The body runs once per batch and the head only on scored rows, in chunks that bound memory, so a window costs
+its hidden states and one chunk of logits instead of [T, V] twice. Log-probabilities are computed in float32
+from logits in the model's dtype, with the model's own scaling and soft cap.
+
+compressed-tensors checkpoints are decompressed at loading and run with plain kernels. Their weights are
+exactly the format's; where it quantizes activations too, compressed-tensors simulates that in PyTorch.
+
+Source: https://huggingface.co/docs/transformers
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evalq.backend import Ids, LoadedModel, LoadRequest, Option, TokenScores
+from evalq.errors import ModelError
+
+DISTRIBUTIONS = ("transformers", "torch", "compressed-tensors")
+INSTALL = 'pip install "evalq[hf]"'
+OPTIONS = {
+    "dtype": Option(
+        (str,),
+        "of weights and arithmetic (default auto: the checkpoint's)",
+        ("auto", "float32", "bfloat16", "float16"),
+        numeric=True,
+    ),
+    "device": Option((str,), "auto (CUDA, then MPS, then CPU), cpu, cuda:N, mps, or balanced over all GPUs"),
+    "attention": Option(
+        (str,),
+        "sdpa (default), eager or flash_attention_2",
+        ("sdpa", "eager", "flash_attention_2"),
+        numeric=True,
+    ),
+    "quantize_activations": Option(
+        (bool,), "where the format asks for it (default true); false runs its weights alone", numeric=True
+    ),
+    "batch_windows": Option((int,), "windows per forward (default: 1 on a CPU, up to 8192 tokens on a GPU)"),
+    "head_chunk_mib": Option((int,), "most MiB of logits at once (default 96)"),
+    "threads": Option((int,), "CPU threads (default: torch's, one per core)"),
+}
+GPU_BATCH_TOKENS = 8192
+# Large enough that a matrix product is not slowed down, far below the [T, V] of any real vocabulary.
+HEAD_CHUNK_MIB = 96
+MIB = 2**20
+
+
+@dataclass
+class _Handle:
+    """A loaded model, taken apart.
+
+    Args:
+        model: the whole.
+        body: ids -> hidden states; None where head and body cannot be told apart.
+        head: the output projection.
+        chunk_rows: rows of logits to make at once.
+    """
+
+    model: Any
+    body: Any
+    head: Any
+    chunk_rows: int
+
+
+def load(request: LoadRequest) -> LoadedModel:
+    """Load a checkpoint directory. Raises ModelError; transformers' own errors are sorted by the caller."""
+    if request.path.is_file():
+        raise ModelError(
+            f"{request.path.name} is a file, not a checkpoint directory", "bad_option", 'use load_fn "gguf"'
+        )
+    if request.overlay is not None:
+        raise ModelError("a second model_dir is for EXL3 only", "bad_option")
+    # compressed-tensors compiles helpers at import; a compiler run costs more than it saves for one model.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    import torch
+
+    options = request.options
+    if "threads" in options:
+        torch.set_num_threads(options["threads"])
+    device = _device(options.get("device", "auto"))
+    model = _from_pretrained(request, device)
+    model.eval()
+    notes = _activation_notes(model, options.get("quantize_activations", True))
+    first = next(model.parameters()).device
+    on_cpu = first.type == "cpu"
+    inputs = max(1, request.window_tokens - 1)
+    head = model.get_output_embeddings()
+    vocab_size = int(head.weight.shape[0]) if hasattr(head, "weight") else int(_text_config(model).vocab_size)
+    chunk_bytes = options.get("head_chunk_mib", HEAD_CHUNK_MIB) * MIB
+    handle = _Handle(model, _body_of(model), head, max(1, chunk_bytes // (4 * vocab_size)))
+    return LoadedModel(
+        handle=handle,
+        vocab_size=vocab_size,
+        max_positions=getattr(_text_config(model), "max_position_embeddings", None),
+        device=str(first) if on_cpu else f"{first} {_gpu_name(first)}",
+        dtype=str(model.dtype).removeprefix("torch."),
+        batch_windows=options.get("batch_windows", 1 if on_cpu else max(1, GPU_BATCH_TOKENS // inputs)),
+        tokenize=_tokenize_fn(request),
+        peak_memory_bytes=_peak_memory_fn(first),
+        versions={"threads": str(torch.get_num_threads())} if on_cpu else {"cuda": str(torch.version.cuda)},
+        notes=notes,
+    )
+
+
+def forward(model: LoadedModel, ids_BT: Ids, start: int) -> TokenScores:
+    """Score ids_BT[:, start+1:]. The last token predicts nothing that is asked for, so it is not run."""
+    import torch
+
+    handle: _Handle = model.handle
+    with torch.inference_mode():
+        inputs = torch.from_numpy(np.ascontiguousarray(ids_BT[:, :-1])).to(handle.model.device)
+        targets = torch.from_numpy(np.ascontiguousarray(ids_BT[:, start + 1 :]))
+        if handle.body is None:
+            kept = inputs.shape[1] - start
+            rows = handle.model(inputs, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
+        else:
+            rows = handle.body(inputs, use_cache=False).last_hidden_state[:, start:]
+        logprob, top1 = _score_rows(handle, rows.flatten(0, 1), targets.flatten().to(rows.device))
+    shape = tuple(targets.shape)
+    return TokenScores(logprob.cpu().numpy().reshape(shape), top1.cpu().numpy().reshape(shape))
+
+
+def close(model: LoadedModel) -> None:
+    """Free the model and, on a GPU, torch's cache."""
+    import torch
+
+    model.handle = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> "_Tokenizer":
+    """The tokenizer of a checkpoint directory. Raises ModelError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return _Tokenizer(AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code))
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        remedy = "set tokenizer_dir in the data spec to a directory with a tokenizer"
+        raise ModelError(
+            f"{path} has no usable tokenizer: {first[0]}", "tokenizer_mismatch", remedy
+        ) from None
+
+
+class _Tokenizer:
+    """A transformers tokenizer as the framework sees it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.vocab_size = len(tokenizer)
+        with_special = self.encode("a", True)
+        self.adds_bos = self.bos_id is not None and with_special[:1] == [self.bos_id]
+
+    def encode(self, text: str, add_special: bool) -> list[int]:
+        # verbose=False: that a text is longer than the model's positions is what windows are for.
+        return list(self._tokenizer(text, add_special_tokens=add_special, verbose=False)["input_ids"])
+
+    def chat_prefix(self) -> list[int]:
+        """The opening of a chat, as exllamav3's compare_q puts it before every window."""
+        user = {"role": "user", "content": "Say something."}
+        for messages in ([{"role": "system", "content": ""}, user], [user]):
+            try:
+                text = self._tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False
+                )
+            except Exception as error:  # a template is a program of the checkpoint: it may raise anything
+                problem = str(error)
+                continue
+            return self.encode(text, False)
+        raise ModelError(f"the chat template cannot be rendered: {problem}", "tokenizer_mismatch")
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda:0"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _from_pretrained(request: LoadRequest, device: str) -> Any:
+    """The model on its device, every floating-point parameter in the dtype asked for."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    trust = {"trust_remote_code": request.trust_remote_code}
+    config = AutoConfig.from_pretrained(request.path, **trust)
+    dtype = request.options.get("dtype", "auto")
+    arguments: dict[str, Any] = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "device_map": "auto" if device == "balanced" else device,
+        "attn_implementation": request.options.get("attention", "sdpa"),
+        "use_safetensors": True,
+        **trust,
+    }
+    quantization = _quantization_of(config)
+    if quantization.get("quant_method") == "compressed-tensors":
+        from transformers import CompressedTensorsConfig
+
+        arguments["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    causal = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    kind = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    model = kind.from_pretrained(request.path, **arguments)
+    if dtype != "auto":
+        # Decompressed layers keep the dtype of their scales. Buffers (rotary frequencies) stay as they are.
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.to(arguments["dtype"])
+    return model
+
+
+def _quantization_of(config: Any) -> dict[str, Any]:
+    found = getattr(config, "quantization_config", None) or {}
+    return dict(found) if isinstance(found, dict) else dict(found.to_dict())
+
+
+def _activation_notes(model: Any, quantize: bool) -> list[str]:
+    """Switch simulated activation quantization off if asked to, and say which way it was."""
+    asked = [
+        module
+        for module in model.modules()
+        if getattr(getattr(module, "quantization_scheme", None), "input_activations", None) is not None
+    ]
+    if not asked:
+        return []
+    if not quantize:
+        for module in asked:
+            module.quantization_enabled = False
+        return ["the format quantizes activations, this run does not (quantize_activations: false)"]
+    return ["activations are quantized as the format asks, simulated by compressed-tensors"]
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config()
+
+
+def _body_of(model: Any) -> Any:
+    """The part before the head, if head(body(ids)) with the known scalings gives the model's own logits.
+
+    Tried on a few tokens, because no attribute says what else a model does to its logits.
+    """
+    import torch
+
+    body = getattr(model, model.base_model_prefix, None)
+    if body is None or body is model or model.get_output_embeddings() is None:
+        return None
+    ids = torch.arange(8, device=model.device)[None] % int(_text_config(model).vocab_size)
+    with torch.inference_mode():
+        theirs = model(ids, use_cache=False).logits[0].float()
+        hidden = getattr(body(ids, use_cache=False), "last_hidden_state", None)
+        if hidden is None:
+            return None
+        mine = _finish(model, model.get_output_embeddings()(hidden[0])).float()
+    same = mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=1e-2, atol=1e-2)
+    return body if same else None
+
+
+def _finish(model: Any, logits: Any) -> Any:
+    """What models do to the head's output: Cohere multiplies, Granite divides, Gemma 2 caps softly."""
+    config = _text_config(model)
+    if getattr(config, "logit_scale", None):
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None):
+        logits = logits / config.logits_scaling
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
+def _score_rows(handle: _Handle, rows_RH: Any, targets_R: Any) -> tuple[Any, Any]:
+    """Log-probability (float32) and top-1 of each row's target; rows are hidden states, or logits."""
+    import torch
+
+    logprob = torch.empty(len(targets_R), dtype=torch.float32, device=rows_RH.device)
+    top1 = torch.empty(len(targets_R), dtype=torch.bool, device=rows_RH.device)
+    # Chunks of one size: a short last chunk would run slower and round differently.
+    n_chunks = math.ceil(len(targets_R) / handle.chunk_rows)
+    for chunk in np.array_split(np.arange(len(targets_R)), n_chunks):
+        part = slice(int(chunk[0]), int(chunk[-1]) + 1)
+        logits = rows_RH[part]
+        if handle.body is not None:
+            logits = _finish(handle.model, handle.head(logits))
+        logits = logits.float()
+        best = logits.max(dim=-1)
+        target = logits.gather(-1, targets_R[part, None])[:, 0]
+        # In place: the chunk is the only [rows, V] tensor there is.
+        log_sum = logits.sub_(best.values[:, None]).exp_().sum(dim=-1).log_()
+        logprob[part] = target - best.values - log_sum
+        top1[part] = best.indices == targets_R[part]
+    return logprob, top1
+
+
+def _tokenize_fn(request: LoadRequest) -> Any:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if not any((request.path / name).is_file() for name in names):
+        return None
+    tokenizer = load_tokenizer(request.path, request.trust_remote_code)
+    return lambda text: tokenizer.encode(text, False)
+
+
+def _peak_memory_fn(device: Any) -> Any:
+    import torch
+
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    return lambda: sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+
+
+def _gpu_name(device: Any) -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else os.uname().machine

@@ -1,0 +1,266 @@
+"""evalq's exl3 backend beside exllamav3's own evaluation loop: agreement, speed, memory, bits per weight.
+
+    python benchmarks/gpu/exl3_truth.py run --hf CHECKPOINT --wikitext wiki.test.raw --work DIR
+
+Converts the checkpoint (its dimensions must be multiples of 128) at several rates, scores each through the
+command line (resident and streamed) and through a loop as exllamav3's eval/ppl.py has it, on the same token
+ids, and writes DIR/summary.json and DIR/records.json after every model. Needs a CUDA GPU and exllamav3.
+
+The loop: one window at a time, all logits of it in float16, exllamav3's own log-probability kernel, a
+synchronization and a release of cached memory per window
+(https://github.com/turboderp-org/exllamav3/blob/master/eval/ppl.py). Speed and memory are measured for both
+sides in processes of their own on the same GPU: one pass to warm up, then the median of three.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evalq.backend import Batch, LoadRequest
+from evalq.data import read_stream
+from evalq.environment import environment
+
+EVAL_LEN, EVAL_STRIDE, WINDOWS = 2048, 512, 20
+HEAD_BITS, CALIBRATION_ROWS, TIMED_PASSES = 6, 32, 3
+SWEEP = [{"batch_windows": n} for n in (2, 4, 8)] + [{"head_chunk_mib": n} for n in (16, 64, 96)]
+MIB = 2**20
+
+
+def windows_WT(ids: np.ndarray) -> np.ndarray:
+    """The windows of the `exllamav3` protocol, int64 [W, T]."""
+    starts = range(0, len(ids) - EVAL_LEN, EVAL_STRIDE)
+    return np.stack([ids[a : a + EVAL_LEN] for a in list(starts)[:WINDOWS]])
+
+
+def measured(one_pass: Callable[[], np.ndarray], n_tokens: int, loaded_bytes: int) -> dict[str, Any]:
+    """Tokens per second and peak memory above the loaded weights, after a pass to warm up."""
+    import torch
+
+    logprob = one_pass()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(TIMED_PASSES):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        one_pass()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return {
+        "ppl": math.exp(-float(np.mean(logprob, dtype=np.float64))),
+        "tokens_per_second": n_tokens / statistics.median(seconds),
+        "seconds": seconds,
+        "loaded_mib": loaded_bytes / MIB,
+        "peak_above_weights_mib": (torch.cuda.max_memory_allocated() - loaded_bytes) / MIB,
+    }
+
+
+def peer(model_dir: Path, ids: np.ndarray, out: Path) -> dict[str, Any]:
+    """exllamav3's own loop."""
+    import torch
+    from exllamav3 import Config, Model
+    from exllamav3.util.measures import compute_target_log_probs
+
+    config = Config.from_directory(str(model_dir))
+    config.override_dynamic_seq_len(EVAL_LEN)
+    model = Model.from_config(config)
+    model.load(device=torch.device("cuda:0"))
+    layer_bpw, head_bpw, _ = model.get_storage_info()
+    torch.cuda.empty_cache()
+    loaded = torch.cuda.memory_allocated()
+    windows = torch.from_numpy(windows_WT(ids))
+
+    def one_pass() -> np.ndarray:
+        kept, total = [], 0.0
+        for row in range(len(windows)):
+            inputs = windows[row : row + 1]
+            logits = model.forward(inputs, {"attn_mode": "flash_attn_nc"})[:, :-1]
+            targets = inputs[:, 1:].to(logits.device)
+            logprob = compute_target_log_probs(logits, targets, config.vocab_size)
+            total += logprob.sum().item()
+            kept.append(logprob)
+            del logits, targets, logprob
+            torch.cuda.empty_cache()
+        return np.stack([logprob.cpu().numpy() for logprob in kept])
+
+    with torch.inference_mode():
+        result = measured(one_pass, windows.shape[0] * (EVAL_LEN - 1), loaded)
+        np.save(out.with_suffix(".npy"), one_pass())
+    return result | {"layer_bpw": layer_bpw, "head_bpw": head_bpw}
+
+
+def ours(model_dir: Path, ids: np.ndarray, out: Path, options: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The backend of evalq, once for each set of options."""
+    import torch
+
+    from evalq.backends import exl3
+
+    windows, results = windows_WT(ids), []
+    for chosen in options:
+        model = exl3.load(LoadRequest(model_dir, EVAL_LEN, EVAL_LEN - 1, chosen, n_windows=WINDOWS))
+        torch.cuda.empty_cache()
+        loaded = torch.cuda.memory_allocated()
+        size = model.batch_windows
+        batches = [Batch(windows[i : i + size], 0) for i in range(0, len(windows), size)]
+
+        def one_pass(model: Any = model, batches: list[Batch] = batches) -> np.ndarray:
+            return np.concatenate([scores.logprob for scores in exl3.forward_many(model, batches)])
+
+        result = measured(one_pass, windows.shape[0] * (EVAL_LEN - 1), loaded)
+        results.append({"options": chosen, "batch_windows": size} | result)
+        if chosen == {}:
+            np.save(out.with_suffix(".npy"), one_pass())
+        exl3.close(model)
+    return results
+
+
+def convert(hf: Path, work: Path, rates: list[float]) -> Iterator[Path]:
+    """EXL3 checkpoints, all converted at the same time; each is handed out when it is ready."""
+    running = []
+    for rate in rates:
+        out = work / f"exl3-{rate:.1f}"
+        command = [sys.executable, "-m", "exllamav3.conversion.convert_model", "-i", str(hf), "-o", str(out)]
+        command += ["-w", str(work / f"convert-{rate:.1f}"), "-b", f"{rate}", "-hb", f"{HEAD_BITS}"]
+        command += ["-cr", f"{CALIBRATION_ROWS}"]
+        done = (out / "config.json").is_file()
+        log = (work / f"convert-{rate:.1f}.log").open("wb")
+        running.append((out, None if done else subprocess.Popen(command, stdout=log, stderr=log, cwd=work)))
+    # All of them first: a conversion beside it would slow down what is measured.
+    codes = [0 if process is None else process.wait() for _, process in running]
+    for (out, _), code in zip(running, codes, strict=True):
+        if code != 0:
+            raise SystemExit(f"the conversion to {out.name} failed; see its log in {work}")
+        yield out
+
+
+def scored(specs: list[dict[str, Any]], wikitext: Path, work: Path) -> list[dict[str, Any]]:
+    """Records of the command line, one process for each spec, with a store each: none answers for another."""
+    data = {"dataset": "wiki2", "protocol": "exllamav3", "eval_len": EVAL_LEN, "eval_stride": EVAL_STRIDE}
+    data_file = work / "wiki2.json"
+    data_file.write_text(json.dumps(data | {"max_rows": WINDOWS, "path": str(wikitext)}))
+    running = []
+    for i, spec in enumerate(specs):
+        stem = spec["label"].replace(" ", "-")
+        spec_file, out = work / f"{stem}.json", work / f"{stem}.records.json"
+        spec_file.write_text(json.dumps(spec))
+        command = [sys.executable, "-m", "evalq", "compare", "-d", str(data_file), "-m", str(spec_file)]
+        command += ["--json", str(out), "--store", str(work / f"store-{i}"), "--offline", "-q"]
+        running.append((out, subprocess.Popen(command, cwd=work)))
+    for _, process in running:
+        process.wait()
+    return [json.loads(out.read_text())[0] for out, _ in running]
+
+
+def child(side: str, model_dir: Path, ids_file: Path, out: Path, sweep: bool) -> Any:
+    """Run one side in a process of its own."""
+    command = [sys.executable, __file__, side, "--model", str(model_dir), "--ids", str(ids_file)]
+    subprocess.run([*command, "--out", str(out), *(["--sweep"] if sweep else [])], check=True)
+    return json.loads(out.read_text())
+
+
+def compared(model_dir: Path, name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
+    """One model: the row of the summary, and the records."""
+    work: Path = arguments.work
+    base = {"load_fn": "exl3", "model_dir": str(model_dir), "label": name}
+    specs = [base, base | {"label": f"{name} streamed", "options": {"streaming": True}}]
+    if model_dir == arguments.hf:  # the same weights in another engine: how far engines alone are apart
+        specs.append(base | {"label": "BF16 transformers", "load_fn": "hf"})
+    records = scored(specs, arguments.wikitext, work)
+    failed = [record["error"] for record in records if record["status"] != "ok"]
+    if failed:
+        return {"model": name, "failed": failed}, records
+    ids_file = work / "ids.npy"
+    stream = read_stream(next((work / "store-0" / "tokens").glob("*.safetensors")))
+    assert stream is not None
+    np.save(ids_file, stream.ids_N)
+    own, streamed = records[:2]
+    sweep = name == arguments.sweep
+    theirs = child("peer", model_dir, ids_file, work / f"{model_dir.name}.peer.json", False)
+    mine = child("ours", model_dir, ids_file, work / f"{model_dir.name}.ours.json", sweep)
+    both = [np.load(work / f"{model_dir.name}.{side}.npy").ravel() for side in ("ours", "peer")]
+    row = {
+        "model": name,
+        "ppl": own["ppl"],
+        "ppl_streamed": streamed["ppl"],
+        "ppl_exllamav3": theirs["ppl"],
+        "ppl_difference_percent": 100 * (own["ppl"] / theirs["ppl"] - 1),
+        "streamed_difference_percent": 100 * (streamed["ppl"] / own["ppl"] - 1),
+        "token_difference_nats": {
+            "mean": float(np.mean(both[0] - both[1])),
+            "largest": float(np.abs(both[0] - both[1]).max()),
+        },
+        "layer_bpw": [own["layer_bpw"], theirs["layer_bpw"]],
+        "head_bpw": [own["head_bpw"], theirs["head_bpw"]],
+        "speed_ratio": mine[0]["tokens_per_second"] / theirs["tokens_per_second"],
+        "peak_memory_ratio": mine[0]["peak_above_weights_mib"] / theirs["peak_above_weights_mib"],
+        "evalq": mine,
+        "exllamav3": theirs,
+    }
+    return row, records
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Everything, with what is finished written after every model."""
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    models = list(convert(arguments.hf, arguments.work, arguments.bits))
+    named = [(path, f"EXL3 {path.name.removeprefix('exl3-')}") for path in models]
+    rows: list[Any] = []
+    records: list[Any] = []
+    for path, name in [*named, (arguments.hf, "EXL3 FP16")]:
+        row, more = compared(path, name, arguments)
+        rows, records = [*rows, row], [*records, *more]
+        summary = {
+            "versions": {d: version(d) for d in ("exllamav3", "torch", "triton", "evalq")},
+            "hardware": environment(),
+            "protocol": {"name": "exllamav3", "eval_len": EVAL_LEN, "eval_stride": EVAL_STRIDE},
+            "windows": WINDOWS,
+            "conversion": {"head_bits": HEAD_BITS, "calibration_rows": CALIBRATION_ROWS},
+            "seconds": time.perf_counter() - began,
+            "models": rows,
+        }
+        (arguments.work / "summary.json").write_text(json.dumps(summary, indent=1))
+        (arguments.work / "records.json").write_text(json.dumps(records, indent=1))
+        shown = {k: v for k, v in row.items() if k not in ("evalq", "exllamav3")}
+        print(json.dumps(shown), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    whole = commands.add_parser("run")
+    whole.add_argument("--hf", type=Path, required=True)
+    whole.add_argument("--wikitext", type=Path, required=True)
+    whole.add_argument("--work", type=Path, required=True)
+    whole.add_argument("--bits", type=float, nargs="+", default=[2.0, 4.0, 3.0, 5.0, 6.0])
+    whole.add_argument("--sweep", default="EXL3 4.0", help="the model that other options are tried on")
+    for side in ("ours", "peer"):
+        part = commands.add_parser(side)
+        for name in ("--model", "--ids", "--out"):
+            part.add_argument(name, type=Path, required=True)
+        part.add_argument("--sweep", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        for name in ("hf", "wikitext", "work"):
+            setattr(arguments, name, getattr(arguments, name).resolve())
+        return run(arguments)
+    ids = np.load(arguments.ids)
+    if arguments.command == "peer":
+        result: Any = peer(arguments.model, ids, arguments.out)
+    else:
+        options: list[dict[str, Any]] = [{}, {"streaming": True}, *(SWEEP if arguments.sweep else [])]
+        result = ours(arguments.model, ids, arguments.out, options)
+    arguments.out.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Everything about a model that can be known before an engine is started: files, bits, identity.
+
+From headers alone, so that what cannot work fails in a second instead of after an hour of loading.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evalq.checkpoint import Checkpoint, open_checkpoint
+from evalq.config import python_for
+from evalq.errors import ModelError
+from evalq.fingerprint import fingerprint
+from evalq.locate import ModelFiles, locate
+from evalq.registry import Engine, resolve_engine, versions
+from evalq.spec import ModelSpec
+from evalq.storage import StorageReport, measure_storage
+from evalq.store import Store
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model spec with what its files and environment say.
+
+    Args:
+        spec: as given.
+        engine: its backends and options.
+        python: interpreter of the engine's environment, None for this one.
+        versions: of the engine's distributions.
+        files: where the model lies.
+        checkpoint: its headers.
+        storage: its bits.
+        identity: what the model's part of a result depends on.
+    """
+
+    spec: ModelSpec
+    engine: Engine
+    python: str | None
+    versions: dict[str, str]
+    files: ModelFiles
+    checkpoint: Checkpoint
+    storage: StorageReport
+    identity: dict[str, Any]
+
+
+def prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared:
+    """Look a model up, measure it and fingerprint it.
+
+    Raises:
+        SpecError: the spec names what does not exist.
+        ModelError: this model cannot be scored, with the category.
+    """
+    engine = resolve_engine(spec)
+    python = python_for(spec, engine.load)
+    found = _installed_versions(engine, python)
+    files = locate(spec, offline)
+    checkpoint = open_checkpoint(files.path)
+    storage = measure_storage(files.path)
+    print_ = fingerprint(checkpoint.files, store.root / "digests.json")
+    overlay = None
+    if files.overlay is not None:
+        overlay = fingerprint(open_checkpoint(files.overlay).files, store.root / "digests.json").digest
+    identity = {
+        "model_digest": print_.digest,
+        "model_files": [list(file) for file in print_.files],
+        "model_commit": files.commit,
+        "overlay_digest": overlay,
+        "engine": engine.load,
+        "forward": engine.forward,
+        "versions": found,
+        "options": engine.numeric_options,
+        "trust_remote_code": spec.trust_remote_code,
+    }
+    return Prepared(spec, engine, python, found, files, checkpoint, storage, identity)
+
+
+def _installed_versions(engine: Engine, python: str | None) -> dict[str, str]:
+    found = versions(engine.load, python)
+    if not found:
+        where = "" if python is None else f" for {python}"
+        message = f'the engine of "{engine.load}" is not installed{where}'
+        raise ModelError(message, "engine_missing", engine.install)
+    return found
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """The files a tokenizer is made of: in a directory by name, else the GGUF file itself."""
+    if path.is_file():
+        return [path]
+    names: tuple[str, ...] = (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "vocab.*",
+        "merges.txt",
+        "*.model",
+        "*.tiktoken",
+    )
+    names += ("chat_template.*", "added_tokens.json", "config.json")
+    return sorted({file for name in names for file in path.glob(name) if file.is_file()})

@@ -1,0 +1,88 @@
+"""The result of scoring one model on one text: a versioned, self-describing record.
+
+A record says what it is. `identity` holds everything the perplexity depends on (text, tokens, protocol,
+model files, engine and version, numeric options); `execution` holds how it was carried out (device, batch,
+host), which is recorded but changes nothing by design. `comparison` is the part of the identity that two
+records must share before their perplexities may stand in one table or chart.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from evalq.errors import NotComparable
+
+RECORD_VERSION = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Failure(_Frozen):
+    """Why a model has no perplexity."""
+
+    category: str
+    message: str
+    remedy: str
+
+
+class ResultRecord(_Frozen):
+    """One (data, model) pair.
+
+    The keys of exllamav3's compare_q (label, layer_bpw, head_bpw, vram_gb, ppl) keep their names and units.
+    Bits per weight and sizes come from file headers; `vram_gb` is layers plus head in GiB (2**30 bytes).
+    """
+
+    record_version: int = RECORD_VERSION
+    metrics_version: int
+    label: str = Field(description="as in the spec, without the [colour]")
+    group: str = Field(description="first word of the label: the series in a chart")
+    color: str | None = None
+    status: Literal["ok", "failed"]
+    error: Failure | None = None
+
+    layer_bpw: float | None = None
+    head_bpw: float | None = None
+    vram_gb: float | None = Field(default=None, description="layers + head, GiB")
+    disk_gib: float | None = Field(default=None, description="every tensor, GiB")
+    format: str | None = Field(default=None, description="checkpoint format in one line")
+
+    ppl: float | None = Field(default=None, description="exp(mean NLL) per token")
+    ppl_stderr: float | None = Field(default=None, description="window-clustered standard error of ppl")
+    ppl_stderr_is_lower_bound: bool = Field(default=False, description="windows overlap")
+    nll_nats: float | None = Field(default=None, description="mean negative log-likelihood per token")
+    bits_per_byte: float | None = None
+    word_ppl: float | None = Field(default=None, description="exp(NLL / words), protocols with words only")
+    top1: float | None = Field(default=None, description="share of targets that were the model's first guess")
+    tokens_scored: int | None = None
+    tokens_nonfinite: int | None = None
+
+    tokens_per_second: float | None = Field(default=None, description="scored tokens / seconds of forward()")
+    load_seconds: float | None = None
+    peak_memory_gib: float | None = Field(
+        default=None, description="largest resident (CPU) or allocated (GPU)"
+    )
+
+    engine: str
+    engine_version: str | None = None
+    protocol: str
+    notes: list[str] = []
+    comparison: dict[str, Any] = Field(description="must be equal for two records to be compared")
+    identity: dict[str, Any] = Field(description="everything the perplexity depends on")
+    execution: dict[str, Any] = Field(default_factory=dict, description="how the work was carried out")
+    key: str | None = Field(default=None, description="where the store keeps it")
+
+
+def require_comparable(records: list[ResultRecord]) -> None:
+    """Raise NotComparable, naming the first difference, unless all scored records share `comparison`."""
+    scored = [r for r in records if r.status == "ok"]
+    for other in scored[1:]:
+        first = scored[0]
+        for key in sorted(first.comparison.keys() | other.comparison.keys()):
+            mine, theirs = first.comparison.get(key), other.comparison.get(key)
+            if mine != theirs:
+                raise NotComparable(
+                    f'"{first.label}" and "{other.label}" cannot be compared: {key} is {mine} and {theirs}',
+                    "score both with one data spec",
+                )

@@ -1,0 +1,191 @@
+"""Names in specs -> the code behind them, looked up when they are needed.
+
+Backends come through the entry-point group `evalq.backends`, the built-in ones too: a package that declares
+
+    [project.entry-points."evalq.backends"]
+    myengine = "my_package.my_module"
+
+makes `"load_fn": "myengine"` valid. What a backend is: `evalq.backend`.
+"""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from evalq.backend import Backend, Option
+from evalq.errors import ModelError, SpecError
+from evalq.spec import ModelSpec, nearest
+
+GROUP = "evalq.backends"
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another name for a backend, with options it implies."""
+
+    backend: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# The names of exllamav3's compare_q, whose spec files load unchanged.
+ALIASES: dict[str, Alias] = {
+    "transformers": Alias("hf"),
+    "transformers_auto": Alias("hf"),
+    "transformers_auto_bf16": Alias("hf", {"dtype": "bfloat16"}),
+    "transformers_mm": Alias("hf"),
+    "llamacpp": Alias("gguf"),
+    "exllamav3": Alias("exl3"),
+}
+
+
+@cache
+def backend_names() -> dict[str, str]:
+    """Every backend's name -> "module (distribution)". Raises SpecError if two distributions share one."""
+    found: dict[str, str] = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        owner = f"{point.value} ({point.dist.name if point.dist else 'unknown'})"
+        if found.setdefault(point.name, owner) != owner:
+            raise SpecError(
+                f'two packages provide the backend "{point.name}": {found[point.name]} and {owner}',
+                "uninstall one of them",
+            )
+    return found
+
+
+def canonical(name: str, where: str) -> Alias:
+    """The backend behind a spec's load_fn or fwd_fn. Raises SpecError with the list of names."""
+    if name in backend_names():
+        return Alias(name)
+    if name in ALIASES and ALIASES[name].backend in backend_names():
+        return ALIASES[name]
+    choices = [*backend_names(), *(n for n, a in ALIASES.items() if a.backend in backend_names())]
+    hint = nearest(name, choices)
+    known = f"known: {', '.join(sorted(choices))}"
+    raise SpecError(
+        f'{where}: unknown backend "{name}"', known if hint.startswith("valid") else f"{hint} {known}"
+    )
+
+
+@cache
+def backend(name: str) -> Backend:
+    """Import a backend's module by its canonical name; its engine is imported later, in the worker.
+
+    Raises:
+        ModelError: category engine_missing, when the package that provides it is broken or gone.
+    """
+    for point in importlib.metadata.entry_points(group=GROUP, name=name):
+        try:
+            return cast(Backend, point.load())
+        except ImportError as error:
+            message = f'the backend "{name}" ({point.value}) cannot be imported: {error}'
+            raise ModelError(
+                message, "engine_missing", "install the package that provides it again"
+            ) from None
+    raise ModelError(f'the backend "{name}" is not installed', "engine_missing")
+
+
+def tokenizer_backend(name: str, path: Path) -> str:
+    """The backend whose load_tokenizer() a data spec's tokenize_fn names.
+
+    Args:
+        name: a backend's name or alias; "auto" goes by what `path` is.
+        path: the tokenizer's directory, or a GGUF file.
+
+    Raises:
+        SpecError: there is no such backend, or it has no tokenizers.
+    """
+    if name == "auto":
+        return "gguf" if path.is_file() else "hf"
+    found = canonical(name, "data spec tokenize_fn").backend
+    if not hasattr(backend(found), "load_tokenizer"):
+        raise SpecError(
+            f'data spec tokenize_fn: "{name}" has no tokenizers', 'take "auto", "transformers" or "gguf"'
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The backends one model spec names, with its validated options."""
+
+    load: str
+    forward: str
+    options: dict[str, Any]
+    numeric_options: dict[str, Any]
+    install: str
+
+
+def resolve_engine(spec: ModelSpec) -> Engine:
+    """Look up a model spec's backends and check its options. Raises SpecError."""
+    alias = canonical(spec.load_fn, f"{spec.where}.load_fn")
+    forward = canonical(spec.fwd_fn or spec.load_fn, f"{spec.where}.fwd_fn").backend
+    module = backend(alias.backend)
+    options = alias.options | spec.options
+    for name, value in options.items():
+        _check_option(name, value, module.OPTIONS, f"{spec.where}.options.{name}")
+    numeric = {name: value for name, value in sorted(options.items()) if module.OPTIONS[name].numeric}
+    return Engine(alias.backend, forward, options, numeric, module.INSTALL)
+
+
+def _check_option(name: str, value: Any, known: dict[str, Option], where: str) -> None:
+    if name not in known:
+        raise SpecError(f"{where}: unknown option", nearest(name, list(known)))
+    option = known[name]
+    is_bool = isinstance(value, bool)
+    right_kind = bool in option.kind if is_bool else isinstance(value, option.kind)
+    if not right_kind:
+        kinds = " or ".join(kind.__name__ for kind in option.kind)
+        raise SpecError(f"{where}: should be {kinds}, not {json.dumps(value, default=str)[:80]}")
+    if option.choices is not None and value not in option.choices:
+        raise SpecError(f"{where}: {json.dumps(value)} is not one of {json.dumps(option.choices)}")
+
+
+@cache
+def versions(name: str, python: str | None = None) -> dict[str, str]:
+    """Installed versions of a backend's distributions; the engine's own comes first, missing ones are absent.
+
+    Args:
+        name: canonical backend name.
+        python: another interpreter; None for this one.
+
+    Raises:
+        ModelError: category engine_missing, when that interpreter cannot be run.
+    """
+    wanted = list(backend(name).DISTRIBUTIONS)
+    if python is None or Path(python) == Path(sys.executable):
+        return {dist: v for dist in wanted if (v := _version(dist)) is not None}
+    script = (
+        "import importlib.metadata as m, json, sys\n"
+        "found = {}\n"
+        "for d in sys.argv[1:]:\n"
+        "    try: found[d] = m.version(d)\n"
+        "    except m.PackageNotFoundError: pass\n"
+        "print(json.dumps(found))"
+    )
+    try:
+        run = subprocess.run(
+            [python, "-I", "-c", script, *wanted, "evalq"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ModelError(f"cannot run the interpreter {python}: {error}", "engine_missing") from None
+    found = cast(dict[str, str], json.loads(run.stdout))
+    if found.pop("evalq", None) is None:
+        remedy = f"{python} -m pip install evalq"
+        raise ModelError(f"evalq is not installed for {python}", "engine_missing", remedy)
+    return found
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,42 @@
+"""The errors that reading model files can end in, one constructor per category.
+
+Model files come from strangers, so every message names the file and what is wrong with it; none shows
+more of the file's content than one name.
+"""
+
+from pathlib import Path
+
+from evalq.errors import ModelError
+
+_CONVERT = (
+    'cd "{directory}" and run: python -c "import glob, torch; from safetensors.torch import save_file; '
+    "w = {{}}; [w.update(torch.load(f, map_location='cpu', weights_only=True)) "
+    "for f in sorted(glob.glob('{pattern}'))]; "
+    "save_file({{k: v.clone().contiguous() for k, v in w.items()}}, 'model.safetensors', "
+    "metadata={{'format': 'pt'}})\", or use https://huggingface.co/spaces/safetensors/convert"
+)
+
+
+def corrupt(path: Path, what: str) -> ModelError:
+    """A file that is not what it claims to be."""
+    return ModelError(f"{path}: {what}", "model_corrupt")
+
+
+def missing(path: Path, what: str, remedy: str | None = None) -> ModelError:
+    """No model where one was expected."""
+    return ModelError(f"{path}: {what}", "model_missing", remedy)
+
+
+def pickled(path: Path, directory: Path, pattern: str) -> ModelError:
+    """Only a pickle, which may run code when it is opened; the remedy is a command that does not let it."""
+    return ModelError(
+        f"{path}: weights in a pickle file, and no safetensors beside it",
+        "unsafe_checkpoint",
+        _CONVERT.format(directory=directory, pattern=pattern),
+    )
+
+
+def clipped(text: str, limit: int = 120) -> str:
+    """A name out of a file, printable and short enough for one line."""
+    shown = text.encode("unicode_escape").decode("ascii")
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -1,0 +1,6 @@
+"""The version of evalq, and of the numbers it prints."""
+
+__version__ = "0.1.0"
+
+# Raised when a figure computed from the same log-probabilities changes; stored scores are summed up anew.
+METRICS_VERSION = 1

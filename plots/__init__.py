@@ -1,0 +1,1 @@
+"""Charts, one module each; their only input is a list of ResultRecords."""

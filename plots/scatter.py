@@ -1,0 +1,173 @@
+"""The chart: perplexity against bits per weight or VRAM, one point per model.
+
+A dotted line joins the points of a group, a thin horizontal line marks the perplexity of each unquantized
+model, bars are one standard error. Lower left is better: fewer bits and less lost.
+"""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from evalq.plots import style
+from evalq.plots.annotate import Tag, write_tags
+from evalq.plots.geometry import Floats
+from evalq.plots.output import save, show
+from evalq.plots.page import MARGIN_PT, Page, font, quiet_glyphs
+from evalq.plots.selection import Axis, ChartOptions, Selection, Series, select
+from evalq.plots.surround import write_footer, write_header
+from evalq.plots.ticks import Scale, scale, wants_log
+from evalq.record import ResultRecord
+
+__all__ = ["Axis", "ChartOptions", "draw", "save", "show"]
+
+MIN_AXES_PT = 150.0
+TITLES = {"bpw": "Perplexity against bits per weight", "vram": "Perplexity against VRAM"}
+X_LABELS = {"bpw": "bits per weight (layers)", "vram": "VRAM of layers + head (GiB)"}
+
+
+def draw(records: Sequence[ResultRecord], options: ChartOptions) -> Figure:
+    """Draw records as one chart, ready for save() or show().
+
+    Args:
+        records: of one comparison; failed ones are named under the axes.
+        options: axis, limits, looks.
+
+    Raises:
+        NotComparable: the perplexities measure different things.
+        SpecError: nothing to draw.
+    """
+    chosen = select(records, options)
+    series = _series(chosen, style.theme(options.dark))
+    with quiet_glyphs():
+        page, low, high = _page(records, chosen, options, series)
+        _add_axes(page, (low, high), _scales(chosen))
+        _name_axes(page, X_LABELS[options.x], options.y_label or f"perplexity per {chosen.per}")
+        _draw_levels(page, series)
+        for one in series:
+            _draw_series(page, one)
+        write_tags(page, _tags(page, series), _segments(page, series))
+    figure: Figure = page.figure
+    return figure
+
+
+def _series(chosen: Selection, look: style.Theme) -> list[Series]:
+    """Groups with something to draw, each with the colour and marker of its place among all groups."""
+    colors = style.group_colors(chosen.groups, look)
+    series = []
+    for i, group in enumerate(chosen.groups):
+        points = sorted((p for p in chosen.points if p.group == group), key=lambda p: (p.x, p.y, p.name))
+        levels = [p for p in chosen.levels if p.group == group]
+        if points or levels:
+            series.append(Series(group, colors[group], style.MARKERS[i % len(style.MARKERS)], points, levels))
+    return series
+
+
+def _scales(chosen: Selection) -> tuple[Scale, Scale]:
+    """Axes that hold every point, its error bar and a label beside it."""
+    heights = [point.y for point in chosen.points + chosen.levels]
+    ends = [y for point in chosen.points for y in point.bar]
+    x_scale = scale([p.x for p in chosen.points], False, margins=(0.07, 0.07), smallest=0.1, n_ticks=10)
+    y_scale = scale(heights + ends, wants_log(heights), margins=(0.14, 0.12), smallest=0.01, n_ticks=7)
+    return x_scale, y_scale
+
+
+def _page(
+    records: Sequence[ResultRecord], chosen: Selection, options: ChartOptions, series: list[Series]
+) -> tuple[Page, float, float]:
+    """A page with everything that stands round the axes, and the room left between, points."""
+    title = TITLES[options.x] if options.title is None else options.title
+    height = options.height * 72
+    while True:
+        page = Page(options.width * 72, height, style.theme(options.dark))
+        high = write_header(page, records, title, [one for one in series if one.points])
+        low = write_footer(page, chosen) + 2.6 * style.AXIS_LABEL_PT + style.TICK_PT
+        if high - low >= MIN_AXES_PT:
+            return page, low, high
+        height += MIN_AXES_PT - (high - low) + 1
+
+
+def _add_axes(page: Page, rows: tuple[float, float], scales: tuple[Scale, Scale]) -> None:
+    """Two thin spines, a quiet grid, numbers."""
+    look, (x_scale, y_scale), (low, high) = page.look, scales, rows
+    widest = max((page.measure(label, style.TICK_PT)[0] for label in y_scale.labels), default=0.0)
+    left = MARGIN_PT + 1.4 * style.AXIS_LABEL_PT + widest + 5
+    axes = page.add_axes((left, low, page.width - MARGIN_PT, high))
+    if y_scale.log:
+        axes.set_yscale("log")
+    axes.set_xlim(x_scale.low, x_scale.high)
+    axes.set_ylim(y_scale.low, y_scale.high)
+    for axis, one in ((axes.xaxis, x_scale), (axes.yaxis, y_scale)):
+        axis.set_ticks([], minor=True)
+        axis.set_ticks(one.ticks, labels=one.labels, fontproperties=font(style.TICK_PT), color=look.muted)
+    axes.tick_params(length=0, pad=5)
+    axes.grid(True, color=look.grid, lw=0.7)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set(color=look.spine, linewidth=0.7)
+
+
+def _name_axes(page: Page, x_label: str, y_label: str) -> None:
+    x0, y0, x1, y1 = page.axes_box()
+    size, ink = style.AXIS_LABEL_PT, page.look.ink
+    page.text((x0 + x1) / 2, y0 - style.TICK_PT - 8 - size, x_label, size, ink, ha="center")
+    page.text(
+        MARGIN_PT + 0.8 * size, (y0 + y1) / 2, page.shorten(y_label, y1 - y0, size), size, ink,
+        ha="center", rotation=90, rotation_mode="anchor",
+    )  # fmt: skip
+
+
+def _draw_levels(page: Page, series: list[Series]) -> None:
+    """A line across the chart at the perplexity of every unquantized model."""
+    for one in series:
+        for point in one.references:
+            color = point.color or one.color
+            page.axes.axhline(point.y, color=color, lw=style.THIN_PT, alpha=0.6, zorder=1.5)
+
+
+def _draw_series(page: Page, one: Series) -> None:
+    axes, look = page.axes, page.look
+    if one.joined:
+        axes.plot(
+            [p.x for p in one.points], [p.y for p in one.points], color=one.color, lw=style.LINE_PT,
+            ls=style.DOTTED, dash_capstyle="round", alpha=0.85, zorder=2,
+        )  # fmt: skip
+    for point in one.points:
+        color = point.color or one.color
+        if point.y_stderr:
+            axes.plot(
+                [point.x, point.x], point.bar, color=color, lw=style.BAR_PT, alpha=0.4, zorder=2.5,
+                solid_capstyle="butt",
+            )  # fmt: skip
+        axes.plot(
+            [point.x], [point.y], ls="none", marker=one.marker, color=color, zorder=4,
+            ms=style.marker_size(one.marker), mec=style.edge(color, look), mew=style.EDGE_PT,
+        )  # fmt: skip
+
+
+def _tags(page: Page, series: list[Series]) -> list[Tag]:
+    """What stands beside each point, and at the right end of levels whose point is outside the axes."""
+    tags, look, right = [], page.look, page.axes.get_xlim()[1]
+    for one in series:
+        for p in one.points:
+            tags.append(Tag(p.name, p.value, style.legible(p.color or one.color, look), (p.x, p.y)))
+        for p in one.levels:
+            name = p.name if p.name == p.group else f"{p.group} {p.name}"
+            tags.append(Tag(name, p.value, style.legible(p.color or one.color, look), (right, p.y)))
+    return tags
+
+
+def _segments(page: Page, series: list[Series]) -> Floats:
+    """Everything thin that labels should not cover, page points, [K, 4]."""
+    left, right = page.axes.get_xlim()
+    ends: list[tuple[float, float]] = []
+    for one in series:
+        places = [(p.x, p.y) for p in one.points]
+        for start, end in zip(places, places[1:], strict=False):
+            ends += [start, end]
+        for p in one.points:
+            if p.y_stderr:
+                ends += [(p.x, y) for y in p.bar]
+        for p in one.references:
+            ends += [(left, p.y), (right, p.y)]
+    return page.from_data(ends).reshape(-1, 4)

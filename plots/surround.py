@@ -1,0 +1,60 @@
+"""What stands above and below the axes: title, what is compared, groups; notes on what is missing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from evalq.plots.page import LEADING, MARGIN_PT, Page
+from evalq.plots.selection import Selection, Series, printable
+from evalq.plots.style import NOTE_PT, SUBTITLE_PT, TITLE_PT
+from evalq.record import ResultRecord
+
+DATASETS = {"wiki2": "WikiText-2 test", "sample": "evalq sample text", "text": "text file"}
+
+
+def write_header(page: Page, records: Sequence[ResultRecord], title: str, series: Sequence[Series]) -> float:
+    """Write title, subtitle and legend from the top; returns where the axes may begin, points."""
+    room = page.width - 2 * MARGIN_PT
+    y = page.height - MARGIN_PT + 3
+    heading = printable(title, 300)
+    if heading:
+        fits = page.measure(heading, TITLE_PT, "bold")[0] <= room
+        size = TITLE_PT if fits else 0.8 * TITLE_PT
+        y = page.paragraph(y, [page.shorten(heading, room, size, "bold")], size, page.look.ink, weight="bold")
+    facts = compared(records)
+    if len(series) == 1 and any(point.name != point.group for point in series[0].points):
+        facts.insert(0, series[0].name)
+    y = page.paragraph(y, page.wrap(facts, " · ", SUBTITLE_PT, 3), SUBTITLE_PT, page.look.muted)
+    if len(series) > 1:
+        y = page.legend(y - 6, series)
+    return float(y - 6)
+
+
+def write_footer(page: Page, chosen: Selection) -> float:
+    """Write the notes at the bottom; returns where the axes' own numbers may end, points."""
+    lines: list[str] = []
+    if any(point.y_stderr for point in chosen.points):
+        bound = ", a lower bound because windows overlap" if chosen.stderr_is_lower_bound else ""
+        lines.append(f"bars: ±1 standard error{bound}")
+    if chosen.beyond:
+        lines += page.wrap(chosen.beyond, ", ", NOTE_PT, 2, lead="beyond the axes: ")
+    if chosen.failed:
+        lines += page.wrap(chosen.failed, ", ", NOTE_PT, 3, lead="not drawn: ")
+    height = len(lines) * NOTE_PT * LEADING
+    page.paragraph(MARGIN_PT - 4 + height, lines, NOTE_PT, page.look.muted)
+    return float(MARGIN_PT + height)
+
+
+def compared(records: Sequence[ResultRecord]) -> list[str]:
+    """What every record has in common: text, protocol, windows, number of tokens."""
+    scored = next(record for record in records if record.status == "ok")
+    known: dict[str, Any] = {**scored.identity, **scored.comparison}
+    dataset = str(known.get("dataset", ""))
+    length, stride = known.get("eval_len"), known.get("eval_stride")
+    tokens = known.get("tokens_scored") or scored.tokens_scored
+    facts = [DATASETS.get(dataset, printable(dataset, 60)), f"{scored.protocol} protocol"]
+    if length:
+        windows = f"windows of {length} tokens"
+        facts.append(f"{windows}, stride {stride}" if stride and stride != length else windows)
+    if tokens:
+        facts.append(f"{tokens:,} tokens scored")
+    return [fact for fact in facts if fact]

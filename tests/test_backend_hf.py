@@ -1,0 +1,193 @@
+"""The transformers backend on real models: a tiny random one of each head kind, and SmolLM2."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Runs
+from numpy.typing import NDArray
+
+from evalq.backend import LoadRequest
+from evalq.backends import hf
+from evalq.errors import ModelError
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 199,
+    "max_position_embeddings": 128,
+}
+# Models that do something to their logits after the head, and one with a plain and a tied head each.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "LlamaConfig": {"tie_word_embeddings": False},
+    "Qwen3Config": {"tie_word_embeddings": True, "head_dim": 8},
+    "Gemma2Config": {
+        "final_logit_softcapping": 5.0,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 16,
+    },
+    "CohereConfig": {"logit_scale": 0.25},
+    "GraniteConfig": {"logits_scaling": 3.0},
+    "GPT2Config": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+}
+
+
+def make(folder: Path, kind: str, **changes: Any) -> Path:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**TINY | ARCHITECTURES[kind] | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def reference(
+    folder: Path, ids: NDArray[np.int64], start: int
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The plain way: all logits at once, log-softmax in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(ids)).logits[:, start:-1].double()
+    targets = torch.from_numpy(ids[:, start + 1 :])
+    logprob = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    return logprob.numpy(), (logits.argmax(-1) == targets).numpy()
+
+
+def request(folder: Path, **options: Any) -> LoadRequest:
+    return LoadRequest(folder, 40, 39, {"dtype": "float32", "device": "cpu"} | options)
+
+
+@pytest.mark.parametrize("kind", list(ARCHITECTURES))
+@pytest.mark.parametrize(("rows", "start", "chunk_mib"), [(1, 0, 96), (3, 25, 96), (2, 7, 0)])
+def test_scores_are_those_of_the_plain_way(
+    tmp_path: Path, kind: str, rows: int, start: int, chunk_mib: int
+) -> None:
+    folder = make(tmp_path / "m", kind)
+    ids = np.random.default_rng(1).integers(0, 199, (rows, 40))
+    model = hf.load(request(folder, head_chunk_mib=chunk_mib))
+    assert model.handle.body is not None, "the head is split off for this architecture"
+    scores = hf.forward(model, ids, start)
+    logprob, top1 = reference(folder, ids, start)
+    assert scores.logprob.shape == (rows, 39 - start) and scores.logprob.dtype == np.float32
+    np.testing.assert_allclose(scores.logprob, logprob, atol=2e-5)
+    assert np.array_equal(scores.top1, top1)
+    hf.close(model)
+    assert model.handle is None
+
+
+def test_head_that_cannot_be_split_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "m", "GraniteConfig")
+    monkeypatch.setattr(hf, "_finish", lambda model, logits: logits * 1.5)  # an unknown scaling
+    model = hf.load(request(folder))
+    assert model.handle.body is None
+    ids = np.random.default_rng(2).integers(0, 199, (2, 30))
+    np.testing.assert_allclose(hf.forward(model, ids, 4).logprob, reference(folder, ids, 4)[0], atol=2e-5)
+
+
+def test_batches_do_not_change_scores(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", "LlamaConfig")
+    model = hf.load(request(folder))
+    ids = np.random.default_rng(3).integers(0, 199, (4, 40))
+    together = hf.forward(model, ids, 10).logprob
+    alone = np.concatenate([hf.forward(model, row[None], 10).logprob for row in ids])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert np.array_equal(hf.forward(model, ids, 10).logprob, together), "the same call gives the same bits"
+
+
+def test_last_token_is_never_an_input(tmp_path: Path) -> None:
+    """A window one longer than the model's positions works, as lm-eval's windows need."""
+    folder = make(tmp_path / "m", "GPT2Config", max_position_embeddings=39)
+    model = hf.load(request(folder))
+    assert model.max_positions == 39
+    ids = np.random.default_rng(4).integers(0, 199, (1, 40))
+    assert hf.forward(model, ids, 0).logprob.shape == (1, 39)
+
+
+def test_facts_of_a_loaded_model(tmp_path: Path) -> None:
+    model = hf.load(request(make(tmp_path / "m", "LlamaConfig"), dtype="bfloat16", batch_windows=5))
+    assert (model.vocab_size, model.max_positions, model.dtype) == (199, 128, "bfloat16")
+    assert model.batch_windows == 5 and model.device == "cpu" and model.tokenize is None
+    assert {parameter.dtype for parameter in model.handle.model.parameters()} == {model.handle.model.dtype}
+
+
+def test_file_and_overlay_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="use load_fn"):
+        hf.load(request(tmp_path / "x.gguf"))
+    folder = make(tmp_path / "m", "LlamaConfig")
+    with pytest.raises(ModelError, match="EXL3"):
+        hf.load(LoadRequest(folder, 40, 39, {}, overlay=folder))
+
+
+def hf_spec(folder: Path, **more: Any) -> dict[str, Any]:
+    return {"load_fn": "hf", "fwd_fn": "transformers", "label": "HF m", "model_dir": str(folder)} | more
+
+
+def test_remote_code_is_refused_until_allowed(runs: Runs, tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", "LlamaConfig", max_position_embeddings=512)
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "own.py").write_text("raise SystemError('its code ran')\n")
+    models = runs.models(hf_spec(folder), hf_spec(folder, label="HF trusted", trust_remote_code=True))
+    code, (refused, allowed) = runs.compare(runs.data(max_rows=1), models)
+    assert code == 1
+    assert refused["error"]["category"] == "remote_code" and "trust_remote_code" in refused["error"]["remedy"]
+    assert "its code ran" in allowed["error"]["message"]
+
+
+def test_vocabulary_smaller_than_the_ids(runs: Runs, tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", "LlamaConfig", vocab_size=64, max_position_embeddings=512)
+    code, (failed,) = runs.compare(runs.data(max_rows=1), runs.models(hf_spec(folder)))
+    assert code == 1 and failed["error"]["category"] == "tokenizer_mismatch"
+    assert "64" in failed["error"]["message"]
+
+
+@pytest.mark.engine
+def test_another_tokenizer_is_noticed(runs: Runs, smollm2: Callable[[str], Path], tmp_path: Path) -> None:
+    """SmolLM2 with one merge less is another tokenizer with the same vocabulary."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for file in smollm2("bf16").iterdir():
+        (folder / file.name).symlink_to(file)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:2000]
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    data = runs.data(tokenize_fn=None, tokenizer_dir=str(smollm2("bf16")), max_rows=1)
+    code, (failed,) = runs.compare(data, runs.models(hf_spec(folder)))
+    assert code == 1 and failed["error"]["category"] == "tokenizer_mismatch"
+    assert "from token" in failed["error"]["message"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["bf16", "fp8", "int8", "int4", "nvfp4"])
+def test_real_checkpoints_of_every_format(runs: Runs, smollm2: Callable[[str], Path], name: str) -> None:
+    data = runs.data(tokenize_fn=None, eval_len=256, eval_stride=256, max_rows=2)
+    code, (record,) = runs.compare(data, runs.models(hf_spec(smollm2(name))))
+    assert code == 0, record["error"]
+    low, high = {
+        "bf16": (15.9, 16.1),
+        "fp8": (8, 8.1),
+        "int8": (8, 8.2),
+        "int4": (4.2, 4.3),
+        "nvfp4": (4.4, 4.6),
+    }[name]
+    assert low < record["layer_bpw"] < high
+    assert 15 < record["ppl"] < 120
+    assert record["identity"]["versions"]["transformers"]
+    assert any("activations" in note for note in record["notes"]) == (name == "fp8")
