@@ -25,11 +25,19 @@ OPTIONS = {
         ("auto", "float32", "bfloat16", "float16"),
         numeric=True,
     ),
-    "quantization": Option((str,), "method, where the checkpoint does not name it or names it wrongly", numeric=True),
-    "kv_cache_dtype": Option((str,), "auto (default: the model's), fp8, fp8_e4m3, fp8_e5m2, ...", numeric=True),
-    "linear_backend": Option((str,), "kernel family of linear layers; emulation: the format's own numerics", numeric=True),
+    "quantization": Option(
+        (str,), "method, where the checkpoint does not name it or names it wrongly", numeric=True
+    ),
+    "kv_cache_dtype": Option(
+        (str,), "auto (default: the model's), fp8, fp8_e4m3, fp8_e5m2, ...", numeric=True
+    ),
+    "linear_backend": Option(
+        (str,), "kernel family of linear layers; emulation: the format's own numerics", numeric=True
+    ),
     "moe_backend": Option((str,), "kernel family of expert layers", numeric=True),
-    "attention_backend": Option((str,), "attention kernel, FLASH_ATTN, FLASHINFER, ... (default: vLLM's choice)", numeric=True),
+    "attention_backend": Option(
+        (str,), "attention kernel, FLASH_ATTN, FLASHINFER, ... (default: vLLM's choice)", numeric=True
+    ),
     "max_model_len": Option((int,), "longest sequence (default: one more than the longest window)"),
     "max_num_batched_tokens": Option((int,), "tokens per step (default: whole windows, up to 2048)"),
     "max_num_seqs": Option((int,), "windows per step (default: as many as fit into max_num_batched_tokens)"),
@@ -44,7 +52,9 @@ OPTIONS = {
     "disable_custom_all_reduce": Option((bool,), "NCCL only, for GPUs without peer access"),
     "cpu_offload_gb": Option((int, float), "GiB of weights per GPU kept in RAM (default 0)"),
     "swap_space": Option((int, float), "GiB of RAM for swapped sequences, older versions only"),
-    "enforce_eager": Option((bool,), "no torch.compile, no CUDA graphs (default true: neither pays for windows)"),
+    "enforce_eager": Option(
+        (bool,), "no torch.compile, no CUDA graphs (default true: neither pays for windows)"
+    ),
     "load_format": Option((str,), "auto (default), safetensors, runai_streamer, ..."),
     "seed": Option((int,), "vLLM's (default 0); scoring draws no random numbers"),
     "threads": Option((int,), "CPU threads (default: one per core)"),
@@ -100,7 +110,8 @@ def engine_arguments(
         "model": str(request.path),
         "trust_remote_code": request.trust_remote_code,
         "max_model_len": tokens + 1,
-        "max_num_seqs": fitting,
+        # Twice a step's: the next step is scheduled before the last one's windows are known to be done.
+        "max_num_seqs": 2 * fitting if tokens <= STEP_TOKENS else 1,
         "max_num_batched_tokens": min(STEP_TOKENS, fitting * tokens),
         # Windows share their beginnings, and cached tokens have no log-probabilities.
         "enable_prefix_caching": False,
@@ -116,7 +127,7 @@ def engine_arguments(
         if "kv_cache_gib" in request.options:
             arguments["kv_cache_memory_bytes"] = request.options["kv_cache_gib"] * GIB
     arguments |= options
-    # vLLM wants at least one window's tokens in a step's budget where it cannot cut windows into chunks.
+    # vLLM refuses a step with fewer tokens than sequences.
     arguments["max_num_batched_tokens"] = max(arguments["max_num_batched_tokens"], arguments["max_num_seqs"])
     _check(arguments, hardware, tokens)
     return {name: value for name, value in arguments.items() if name in known}

@@ -65,10 +65,10 @@ class Bench:
         return self.models / "bf16"
 
     def gguf(self, quantization: str) -> Path:
-        """The one GGUF file of that type."""
-        found = sorted(self.models.glob(f"*.{quantization}.gguf"))
+        """The one GGUF file of that type, Q8_0.gguf or NAME.Q8_0.gguf. Raises LookupError."""
+        found = [p for p in sorted(self.models.glob("*.gguf")) if p.stem.split(".")[-1] == quantization]
         if len(found) != 1:
-            raise SystemExit(f"{self.models} should hold one *.{quantization}.gguf, has {len(found)}")
+            raise LookupError(f"models/smollm2 should hold one {quantization}.gguf, has {len(found)}")
         return found[0]
 
     def shown(self, argument: object) -> str:

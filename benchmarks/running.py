@@ -1,6 +1,7 @@
 """Runs evalq and its peers as a user would, each in a process of its own, and reads their JSON."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,9 @@ import psutil
 from figures import ROOT, Bench
 
 LM_EVAL_PYTHON = ROOT / ".work/lm-eval/bin/python"
-SAMPLE_SECONDS = 0.05
+# Rare enough not to slow down what is measured: the list of processes costs more than their sizes.
+SAMPLE_SECONDS = 0.1
+SAMPLES_PER_LISTING = 5
 GIB = 2**30
 
 
@@ -53,12 +56,16 @@ class _Watch(threading.Thread):
         self.stopped = threading.Event()
 
     def run(self) -> None:
+        family = [self.root]
+        ticks = itertools.count()
         while not self.stopped.wait(SAMPLE_SECONDS):
-            with contextlib.suppress(psutil.Error):
-                for process in (self.root, *self.root.children(recursive=True)):
-                    with contextlib.suppress(psutil.Error):
-                        sample = (time.monotonic(), process.memory_info().rss)
-                        self.by_pid.setdefault(process.pid, []).append(sample)
+            if next(ticks) % SAMPLES_PER_LISTING == 0:
+                with contextlib.suppress(psutil.Error):
+                    family = [self.root, *self.root.children(recursive=True)]
+            for process in family:
+                with contextlib.suppress(psutil.Error):
+                    sample = (time.monotonic(), process.memory_info().rss)
+                    self.by_pid.setdefault(process.pid, []).append(sample)
 
     def largest(self) -> Resident:
         self.stopped.set()

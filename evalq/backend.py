@@ -94,6 +94,7 @@ class LoadedModel:
             process's resident memory instead.
         versions: what did the work, beyond DISTRIBUTIONS ({"cuda": "13.0"}).
         notes: what a reader of the result should know (numerics other than the format's, engine warnings).
+        memory: what the engine says it uses, GiB ("weights_gib", "kv_cache_gib") or as the name says.
     """
 
     handle: Any
@@ -106,6 +107,7 @@ class LoadedModel:
     peak_memory_bytes: Callable[[], int] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    memory: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from evalq.prepare import Prepared, prepare, tokenizer_files
 from evalq.protocols import PROTOCOLS
 from evalq.record import ResultRecord
 from evalq.registry import resolve_engine, tokenizer_backend, versions
-from evalq.report import failed_record, scored_record
+from evalq.report import failed_record, scored_record, with_reference
 from evalq.runner import Event, WorkerSettings, run_worker
 from evalq.spec import DataSpec, ModelSpec, require_unique_labels
 from evalq.store import ResultDir, Store, key_of, write_json
@@ -116,7 +116,7 @@ def compare(
         record, cached = _score(spec, model, data, store, settings, reporter)
         reporter.record(record, cached)
         records.append(record)
-    return records
+    return with_reference(records, ordered, store)
 
 
 def _prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared | ModelError:

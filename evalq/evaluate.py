@@ -111,6 +111,7 @@ def score_windows(
         "batch_windows": model.batch_windows,
         "notes": model.notes,
         "versions": model.versions,
+        "memory": model.memory,
         "memory_after_load_gib": memory_after_load / GIB,
         "peak_memory_gib": peak / GIB,
         "threads": os.environ.get("OMP_NUM_THREADS"),

@@ -27,6 +27,16 @@ class Failure(_Frozen):
     remedy: str
 
 
+class AgainstReference(_Frozen):
+    """A model beside the reference of its run, token by token, which is far sharper than two error bars."""
+
+    label: str = Field(description="the reference's")
+    ppl_ratio: float = Field(description="PPL / the reference's PPL")
+    ln_ratio: float = Field(description="mean difference of NLL per token, nats")
+    ln_ratio_stderr: float | None = Field(description="its window-clustered standard error")
+    significant: bool = Field(description="more than two standard errors from zero")
+
+
 class ResultRecord(_Frozen):
     """One (data, model) pair.
 
@@ -54,6 +64,7 @@ class ResultRecord(_Frozen):
     nll_nats: float | None = Field(default=None, description="mean negative log-likelihood per token")
     bits_per_byte: float | None = None
     word_ppl: float | None = Field(default=None, description="exp(NLL / words), protocols with words only")
+    against_reference: AgainstReference | None = None
     top1: float | None = Field(default=None, description="share of targets that were the model's first guess")
     tokens_scored: int | None = None
     tokens_nonfinite: int | None = None

@@ -1,14 +1,15 @@
 """What the store holds and the headers say -> a ResultRecord."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from evalq.errors import ModelError, StoreError
 from evalq.failures import remedy_of
-from evalq.metrics import Summary, summarize
+from evalq.metrics import Summary, paired_difference, summarize
 from evalq.prepare import Prepared
-from evalq.record import Failure, ResultRecord
+from evalq.record import AgainstReference, Failure, ResultRecord
 from evalq.spec import ModelSpec
-from evalq.store import ResultDir, read_json, write_json
+from evalq.store import ResultDir, Store, read_json, write_json
 from evalq.version import METRICS_VERSION, __version__
 from evalq.windows import StreamFacts, WindowPlan
 
@@ -78,6 +79,42 @@ def failed_record(
         identity=data.comparison if model is None else {**data.comparison, **model.identity},
         key=key,
     )
+
+
+def with_reference(
+    records: list[ResultRecord], specs: Sequence[ModelSpec], store: Store
+) -> list[ResultRecord]:
+    """The same records, each scored one compared with the reference on the tokens both scored.
+
+    The reference is the first model whose spec has out_logits, else the scored one with the most bits per
+    weight (the first of several).
+    """
+    scored = [record for record in records if record.status == "ok" and record.layer_bpw is not None]
+    if len(scored) < 2:
+        return records
+    marked = {spec.plain_label for spec in specs if spec.out_logits is not None}
+    reference = max(scored, key=lambda record: (record.label in marked, record.layer_bpw or 0.0))
+    base = store.result(str(reference.key)).scores()
+    found = []
+    for record in records:
+        mine = (
+            store.result(str(record.key)).scores()
+            if record.status == "ok" and record is not reference
+            else None
+        )
+        if base is None or mine is None:
+            found.append(record)
+            continue
+        pair = paired_difference(mine.logprob, base.logprob, mine.window)
+        against = AgainstReference(
+            label=reference.label,
+            ppl_ratio=pair.ratio,
+            ln_ratio=pair.nll_nats,
+            ln_ratio_stderr=pair.stderr_nats,
+            significant=pair.significant,
+        )
+        found.append(record.model_copy(update={"against_reference": against}))
+    return found
 
 
 def _described(spec: ModelSpec, data: "Data") -> dict[str, Any]:

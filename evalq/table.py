@@ -39,12 +39,16 @@ def print_table(records: Sequence[ResultRecord], console: Console) -> None:
     table.add_column("model", overflow="fold")
     for name in ("bpw", "head", "GiB", f"PPL/{unit(records)}", "±", "tok/s"):
         table.add_column(name, justify="right", no_wrap=True)
+    reference = next((r.against_reference.label for r in records if r.against_reference), None)
+    if reference is not None:
+        table.add_column(f"vs {escape(reference)}", justify="right", no_wrap=True)
     table.add_column("status")
     for record in records:
         status = f"[red]failed: {record.error.category}[/]" if record.error else "[green]ok[/]"
         if record.status == "ok" and record.notes:
             status = f"[yellow]ok, note {_note_numbers(record, records)}[/]"
-        table.add_row(escape(record.label), *_cells(record), status)
+        against = [_against(record)] if reference is not None else []
+        table.add_row(escape(record.label), *_cells(record), *against, status)
     console.print(table)
     for record in records:
         if record.error:
@@ -69,14 +73,16 @@ def caption(records: Sequence[ResultRecord]) -> str:
 def markdown(records: Sequence[ResultRecord]) -> str:
     """A table for a README. Raises NotComparable."""
     require_comparable(list(records))
+    reference = next((r.against_reference.label for r in records if r.against_reference), "reference")
     lines = [
-        f"| model | format | bpw | head bpw | GiB | PPL per {unit(records)} | ± | tok/s | status |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+        f"| model | format | bpw | head bpw | GiB | PPL per {unit(records)} | ± | tok/s "
+        f"| vs {reference} | status |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for record in records:
         label, kind = (str(text).replace("|", "\\|") for text in (record.label, record.format or ""))
         status = "ok" if record.error is None else f"failed: {record.error.category}"
-        lines.append(f"| {label} | {kind} | {' | '.join(_cells(record))} | {status} |")
+        lines.append(f"| {label} | {kind} | {' | '.join(_cells(record))} | {_against(record)} | {status} |")
     return "\n".join([*lines, "", f"{caption(records)}.", ""])
 
 
@@ -109,6 +115,17 @@ def _cells(record: ResultRecord) -> list[str]:
         "" if stderr is None else ("≥" if record.ppl_stderr_is_lower_bound else "") + _number(stderr, 3),
         _number(record.tokens_per_second, 0),
     ]
+
+
+def _against(record: ResultRecord) -> str:
+    """Change of perplexity against the reference in percent, with the error of the paired difference."""
+    against = record.against_reference
+    if against is None:
+        return "" if record.error is None else "–"
+    change = 100 * (against.ppl_ratio - 1)
+    if against.ln_ratio_stderr is None:
+        return f"{change:+.2f} %"
+    return f"{change:+.2f} ± {100 * against.ppl_ratio * against.ln_ratio_stderr:.2f} %"
 
 
 def _log_ratio(word_ppl: float, token_ppl: float) -> float:

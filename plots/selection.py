@@ -7,7 +7,7 @@ is that of ppl times ln(word_ppl) / ln(ppl).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from evalq.errors import SpecError
@@ -68,7 +68,8 @@ class Point:
         name: the label without its group, shown beside the point.
         x: bits per weight or GiB.
         y: perplexity.
-        y_stderr: its standard error, None if unknown.
+        y_stderr: standard error of its difference to the run's reference where there is one, else of
+            itself; None if unknown.
         color: the record's own as hex, None for the group's.
         is_reference: unquantized: a horizontal line marks its perplexity.
     """
@@ -135,6 +136,7 @@ class Selection:
         levels: unquantized models outside max_x only, whose perplexity is still worth a line.
         per: "token" or "word".
         stderr_is_lower_bound: of any point.
+        bars_against: the model that error bars are the difference to, None when they are each point's own.
     """
 
     points: list[Point]
@@ -144,6 +146,7 @@ class Selection:
     levels: list[Point]
     per: str
     stderr_is_lower_bound: bool
+    bars_against: str | None
 
 
 def number(value: float) -> str:
@@ -171,7 +174,8 @@ def select(records: Sequence[ResultRecord], options: ChartOptions) -> Selection:
     if not records:
         raise SpecError("nothing to draw: no results were given", "score at least one model first")
     require_comparable(list(records))
-    found = Selection([], {}, [], [], [], "token", False)
+    against = next((r.against_reference.label for r in records if r.against_reference), None)
+    found = Selection([], {}, [], [], [], "token", False, against)
     per_word, lower_bound = False, False
     for record in records:
         group = printable(record.group, NAME_CHARACTERS) or "?"
@@ -180,7 +184,7 @@ def select(records: Sequence[ResultRecord], options: ChartOptions) -> Selection:
         if reason:
             found.failed.append(f"{printable(record.label, 2 * NAME_CHARACTERS)} ({reason})")
             continue
-        point = _point(record, group, options)
+        point = _point(record, group, options, paired=against is not None)
         if _beyond(point, options):
             found.beyond.append(_describe(record, point, options))
             if point.is_reference and (options.max_y is None or point.y <= options.max_y):
@@ -194,10 +198,10 @@ def select(records: Sequence[ResultRecord], options: ChartOptions) -> Selection:
         remedy = "raise max_x or max_y" if found.beyond else "see why each model failed in the table"
         raise SpecError(f"nothing to draw: {left_out}", remedy)
     per = "word" if per_word else "token"
-    return Selection(found.points, found.groups, found.failed, found.beyond, found.levels, per, lower_bound)
+    return replace(found, per=per, stderr_is_lower_bound=lower_bound)
 
 
-def _point(record: ResultRecord, group: str, options: ChartOptions) -> Point:
+def _point(record: ResultRecord, group: str, options: ChartOptions, paired: bool) -> Point:
     x, y = _x(record, options), _y(record)
     assert x is not None and y is not None
     label = printable(record.label, 10 * NAME_CHARACTERS)
@@ -207,7 +211,7 @@ def _point(record: ResultRecord, group: str, options: ChartOptions) -> Point:
         name=printable(rest or label or "?", NAME_CHARACTERS),
         x=x,
         y=y,
-        y_stderr=_stderr(record),
+        y_stderr=_paired_stderr(record) if paired else _stderr(record),
         color=usable(record.color),
         is_reference=(record.layer_bpw or 0.0) >= UNQUANTIZED_BPW,
     )
@@ -231,6 +235,19 @@ def _stderr(record: ResultRecord) -> float | None:
     if ppl is None or not math.isfinite(ppl) or ppl <= 1:
         return None
     return y * (math.log(y) / math.log(ppl)) * (error / ppl)
+
+
+def _paired_stderr(record: ResultRecord) -> float | None:
+    """The standard error of the difference of _y to the reference's; None for the reference itself.
+
+    Two models stumble over the same tokens, so this is what tells them apart; the error of each
+    perplexity alone is many times larger.
+    """
+    against, y, ppl = record.against_reference, _y(record), record.ppl
+    if against is None or not against.ln_ratio_stderr or y is None or ppl is None or ppl <= 1:
+        return None
+    tokens_per_unit = math.log(y) / math.log(ppl)
+    return y * tokens_per_unit * against.ln_ratio_stderr
 
 
 def _missing(record: ResultRecord, options: ChartOptions) -> str | None:

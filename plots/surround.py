@@ -34,7 +34,8 @@ def write_footer(page: Page, chosen: Selection) -> float:
     lines: list[str] = []
     if any(point.y_stderr for point in chosen.points):
         bound = ", a lower bound because windows overlap" if chosen.stderr_is_lower_bound else ""
-        lines.append(f"bars: ±1 standard error{bound}")
+        what = f" of the difference to {printable(against, 60)}" if (against := chosen.bars_against) else ""
+        lines.append(f"bars: ±1 standard error{what}{bound}")
     if chosen.beyond:
         lines += page.wrap(chosen.beyond, ", ", NOTE_PT, 2, lead="beyond the axes: ")
     if chosen.failed:

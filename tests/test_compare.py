@@ -261,3 +261,34 @@ def wait_for(condition, seconds: float = 30) -> None:  # type: ignore[no-untyped
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)
+
+
+def test_models_are_compared_token_by_token_with_the_reference(runs: Runs) -> None:
+    models = runs.models(
+        {"label": "Full", "out_logits": "x"}, {"options": {"seed": 1}}, {"options": {"misbehave": "kill"}}
+    )
+    _, (full, other, failed) = runs.compare(runs.data(), models)
+    against = other["against_reference"]
+    assert full["against_reference"] is None and failed["against_reference"] is None
+    assert against["label"] == "Full"
+    assert against["ppl_ratio"] == pytest.approx(other["ppl"] / full["ppl"])
+    assert against["ln_ratio"] == pytest.approx(np.log(other["ppl"] / full["ppl"]))
+    a, b = (
+        load_file(runs.folder / "store" / "results" / r["key"] / "scores.safetensors") for r in (other, full)
+    )
+    difference = (b["logprob"].astype(float) - a["logprob"]).reshape(6, 255)
+    sums = (difference - difference.mean()).sum(axis=1)
+    assert against["ln_ratio_stderr"] == pytest.approx(np.sqrt(6 / 5 * (sums**2).sum()) / difference.size)
+    assert against["significant"] == (abs(against["ln_ratio"]) > 2 * against["ln_ratio_stderr"])
+
+
+def test_reference_is_the_one_with_most_bits_unless_marked(runs: Runs) -> None:
+    few = {
+        "label": "Few",
+        "override_bpw_layer": 4.0,
+        "override_bpw_head": 6.0,
+        "override_vram_bits": 8 * 2**30,
+    }
+    _, (small, large) = runs.compare(runs.data(), runs.models(few, {"label": "Many", "options": {"seed": 1}}))
+    assert small["against_reference"]["label"] == "Many" and large["against_reference"] is None
+    assert (small["layer_bpw"], small["head_bpw"], small["vram_gb"]) == (4.0, 6.0, 1.0)

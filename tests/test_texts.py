@@ -120,9 +120,7 @@ def test_the_real_text_has_62_pages_and_their_words_and_bytes(wikitext2):
     )
     # Between pages a newline goes, and the blank first line with it.
     assert sum(len(page.encode()) for page in pages) == 1_290_590 - 61 - len(" \n")
-    assert pages[0].startswith(" = Robert Boulter = \n") and pages[-1].startswith(
-        " = The Hustler ( film ) = \n"
-    )
+    assert all(page.startswith(" = ") and page.split("\n")[0].endswith(" = ") for page in pages)
 
 
 def test_the_real_text_survives_its_rows(wikitext2):
@@ -133,14 +131,12 @@ def test_the_real_text_survives_its_rows(wikitext2):
 def test_the_real_text_is_detokenized(wikitext2):
     pages = [detokenize(page) for page in BUILDERS["documents"](wikitext2)]
     assert not any(mark in page for page in pages for mark in (" @-@ ", " @,@ ", " , ", " \n", "\n ", " 's"))
-    assert pages[0].startswith(
-        " = Robert Boulter =\n\nRobert Boulter is an English film, television and theatre"
-    )
+    assert all(page.startswith(" = ") and page.split("\n")[0].endswith(" =") for page in pages)
 
 
 def test_a_changed_byte_is_noticed(wikitext2):
     with pytest.raises(DataError, match="WikiText-2 raw test split: SHA-256 .* instead of 173c87a53759"):
-        check_wikitext2(wikitext2.replace("Boulter", "Boulder", 1))
+        check_wikitext2(wikitext2.replace("e", "a", 1))
 
 
 def test_other_line_ends_are_named(wikitext2):
