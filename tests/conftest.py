@@ -19,6 +19,13 @@ ROOT = Path(__file__).parents[1]
 MODELS = Path(os.environ.get("EVALQ_TEST_MODELS", ROOT / "models" / "smollm2"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Real engines run one after the other: two of them on all cores at once are many times slower."""
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.xdist_group("engine"))
+
+
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the user's store, specs or evalq.toml."""

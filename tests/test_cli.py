@@ -151,17 +151,6 @@ def test_pickle_only_checkpoint_is_refused_with_the_way_out(runs: Runs, name: st
     assert "safetensors" in failed["error"]["remedy"]
 
 
-def test_remote_code_is_refused_until_allowed(runs: Runs) -> None:
-    config = runs.tiny / "config.json"
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoConfig": "mine.Config"}})
-    )
-    code, (refused, allowed) = runs.compare(runs.data(), runs.models({}, {"trust_remote_code": True}))
-    assert code == 1 and refused["error"]["category"] == "remote_code"
-    assert "trust_remote_code" in refused["error"]["remedy"]
-    assert allowed["status"] == "ok"
-
-
 @pytest.mark.parametrize("keep", [4, 60, 300])
 def test_truncated_safetensors(runs: Runs, keep: int) -> None:
     file = runs.tiny / "model.safetensors"

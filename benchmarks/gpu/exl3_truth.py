@@ -170,7 +170,7 @@ def child(side: str, model_dir: Path, ids_file: Path, out: Path, sweep: bool) ->
 def compared(model_dir: Path, name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
     """One model: the row of the summary, and the records."""
     work: Path = arguments.work
-    base = {"load_fn": "exl3", "model_dir": str(model_dir), "label": name}
+    base: dict[str, Any] = {"load_fn": "exl3", "model_dir": str(model_dir), "label": name}
     specs = [base, base | {"label": f"{name} streamed", "options": {"streaming": True}}]
     if model_dir == arguments.hf:  # the same weights in another engine: how far engines alone are apart
         specs.append(base | {"label": "BF16 transformers", "load_fn": "hf"})
