@@ -80,8 +80,12 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
         ("--csv", arguments.csv),
         ("--markdown", arguments.markdown),
     ):
-        if name not in (None, "-") and not Path(name).absolute().parent.is_dir():
-            raise SpecError(f"{flag} {name}: no such folder")
+        if name in (None, "-"):
+            continue
+        try:
+            Path(name).absolute().parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpecError(f"{flag} {name}: cannot make its folder: {error.strerror}") from None
     if sum(name == "-" for name in (arguments.json, arguments.csv, arguments.markdown)) > 1:
         raise SpecError("only one of --json, --csv and --markdown can go to standard output")
 

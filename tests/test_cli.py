@@ -170,7 +170,8 @@ def test_not_comparable_options_are_refused_before_work(
     runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "unknown kind of picture" in fails(runs, capsys, runs.data(), runs.models({}), "-o", "chart.bmp")
-    assert "no such folder" in fails(runs, capsys, runs.data(), runs.models({}), "--json", "no/where.json")
+    runs.write("file", "")
+    assert "cannot make its folder" in fails(runs, capsys, runs.data(), runs.models({}), "--csv", "file/x.csv")
     assert "only one of" in fails(runs, capsys, runs.data(), runs.models({}), "--json", "-", "--csv", "-")
 
 
