@@ -1,5 +1,6 @@
 """Agreement: the same perplexity as the tool that defines a protocol, on the first part of WikiText-2."""
 
+import re
 from typing import Any
 
 from figures import Bench, Case, Figure, within
@@ -39,6 +40,13 @@ def _plain(what: str, protocol: str, **size: int) -> Case:
     return measure
 
 
+def wheel_kernels() -> list[str]:
+    """The instruction sets that llama-cpp-python's llama.cpp was built for."""
+    from llama_cpp import llama_print_system_info
+
+    return re.findall(r"(\w+) = 1", llama_print_system_info().decode())
+
+
 def _llama_cpp(bench: Bench) -> list[Figure]:
     """33 chunks: eight full batches of llama-perplexity's four, and one of one."""
     model = bench.gguf("Q4_1")
@@ -55,7 +63,17 @@ def _llama_cpp(bench: Bench) -> list[Figure]:
         target="the same",
         met=len(whole.windows) == theirs["chunks_available"],
     )
-    return [_figure("`llama.cpp`, Q4_1, n_ctx 512", ours, theirs, "llama-perplexity", 0.1), chunks]
+    built_alike = wheel_kernels() == theirs["kernels"]
+    kernels = Figure(
+        what="llama.cpp in both: instruction sets it was built for",
+        evalq=f"{len(wheel_kernels())}",
+        peer=f"llama-perplexity: {len(theirs['kernels'])}",
+        value="the same" if built_alike else ", ".join(set(wheel_kernels()) ^ set(theirs["kernels"])),
+        target="the same",
+        met=built_alike,
+    )
+    agreed = _figure("`llama.cpp`, Q4_1, n_ctx 512", ours, theirs, "llama-perplexity", 0.1)
+    return [agreed, chunks, kernels]
 
 
 def _lm_eval(bench: Bench) -> list[Figure]:
@@ -65,9 +83,9 @@ def _lm_eval(bench: Bench) -> list[Figure]:
 
 
 CASES: dict[str, Case] = {
-    "agree-exllamav3": _plain("`exllamav3`, fp32, L 2048, S 512", "exllamav3", max_rows=10),
-    "agree-gptq": _plain("`gptq`, fp32, L 2048", "gptq", eval_len=2048, max_rows=6),
-    "agree-hf-strided": _plain("`hf-strided`, fp32, L 2048, S 512", "hf-strided", max_tokens=10240),
+    "agree-exllamav3": _plain("`exllamav3`, fp32, L 2048, S 512", "exllamav3", max_rows=7),
+    "agree-gptq": _plain("`gptq`, fp32, L 2048", "gptq", eval_len=2048, max_rows=5),
+    "agree-hf-strided": _plain("`hf-strided`, fp32, L 2048, S 512", "hf-strided", max_tokens=9216),
     "agree-llama.cpp": _llama_cpp,
     "agree-lm-eval": _lm_eval,
 }

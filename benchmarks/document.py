@@ -43,8 +43,8 @@ def _machine(machine: Mapping[str, Any]) -> list[str]:
         "",
         f"{machine['cpu']}, {machine['threads_used']} threads used of {machine['cpu_threads']}, "
         f"{machine['ram_gib']} GiB RAM, {machine['system']}, Python {machine['python']}, "
-        f"evalq {machine['evalq']}; {software}. The kernels of llama.cpp in both builds: "
-        f"{machine['llama_cpp']}.",
+        f"evalq {machine['evalq']}; {software}. llama.cpp was built "
+        f"for {machine['llama_cpp']}.",
         "",
     ]
 

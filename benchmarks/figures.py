@@ -89,10 +89,11 @@ def within(value: float, limit: float, *, at_least: bool) -> bool:
 def code_digest() -> str:
     """Changes with evalq, its backends and charts, and the benchmarks themselves."""
     digest = hashlib.sha256()
-    for folder in ("evalq", "backends", "plots", "benchmarks"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".sh"):
-                digest.update(path.read_bytes())
+    folders = [ROOT / "evalq", ROOT / "backends", ROOT / "plots", ROOT / "benchmarks/peers"]
+    paths = [path for folder in folders for path in folder.rglob("*")] + list((ROOT / "benchmarks").glob("*"))
+    for path in sorted(paths):
+        if path.suffix in (".py", ".sh"):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -11,13 +11,12 @@ Results of cases that are not measured this time are kept. Exit code: 0 every ta
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import agreement
 import latency
@@ -64,27 +63,29 @@ def _chosen(args: argparse.Namespace) -> dict[str, Case]:
     return {name: case for section in sections for name, case in SECTIONS[section].items()}
 
 
+def _stop(message: str) -> NoReturn:
+    print(f"benchmarks: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def _bench(args: argparse.Namespace, work: Path) -> Bench:
     text = args.wikitext2 or os.environ.get("EVALQ_WIKITEXT2")
     if not text or not Path(text).is_file():
-        sys.exit("benchmarks: no wiki.test.raw: give --wikitext2 FILE or set EVALQ_WIKITEXT2")
+        _stop("no wiki.test.raw: give --wikitext2 FILE or set EVALQ_WIKITEXT2")
     if not (args.models / "bf16").is_dir():
-        sys.exit(f"benchmarks: {args.models} has no bf16/: run `make demo` first")
+        _stop(f"{args.models} has no bf16/: run `make demo` first")
     return Bench(args.models.resolve(), Path(text).resolve(), args.threads, args.repetitions, work)
 
 
 def _machine(threads: int) -> dict[str, Any]:
-    """`evalq env`, with the threads used and llama.cpp's own words on the instructions it was built for."""
+    """`evalq env`, with the threads used and the instructions that llama.cpp was built for."""
     found = subprocess.run(
         [sys.executable, "-m", "evalq", "env", "--json"], cwd=ROOT, capture_output=True, text=True
     )
     if found.returncode:
-        sys.exit(f"benchmarks: evalq env failed: {found.stderr.strip()[-500:]}")
-    from llama_cpp import llama_print_system_info
-
+        _stop(f"evalq env failed: {found.stderr.strip()[-500:]}")
     machine: dict[str, Any] = json.loads(found.stdout)
-    features = re.findall(r"(\w+) = 1", llama_print_system_info().decode())
-    return machine | {"threads_used": threads, "llama_cpp": ", ".join(features)}
+    return machine | {"threads_used": threads, "llama_cpp": ", ".join(agreement.wheel_kernels())}
 
 
 def _measure(case: Case, bench: Bench) -> tuple[list[Figure], str | None]:

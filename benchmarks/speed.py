@@ -11,6 +11,8 @@ from figures import Bench, Case, Figure, within
 from running import evalq, gguf_model, hf_model, peer
 
 Seconds = Callable[[], float]
+# The fastest way to run the transformer's body: the same batches as evalq, and no logits but the last ones.
+LIMIT = ("--decode-only", "--flash-attn", "--batch=256")
 
 
 @dataclass(frozen=True)
@@ -104,21 +106,23 @@ def _logits_all(quantization: str, target: float | None) -> Case:
 
     def measure(bench: Bench) -> list[Figure]:
         model = gguf_model(bench, quantization)
-        loop = ("logits_all", "--model", bench.gguf(quantization), "--max-rows=2")
+        loop = ("logits_all", "--model", bench.gguf(quantization), "--max-rows=1")
         race = take_turns(
             bench,
             {
                 "evalq": lambda: (
-                    evalq(bench, model, protocol="exllamav3", max_rows=2, tokenize_fn="gguf").seconds
+                    evalq(bench, model, protocol="exllamav3", max_rows=1, tokenize_fn="gguf").seconds
                 ),
                 "logits_all loop": lambda: peer(bench, *loop)["seconds"],
-                "llama_decode without logits": lambda: peer(bench, *loop, "--decode-only")["seconds"],
+                "logits_all loop, flash attention": lambda: peer(bench, *loop, "--flash-attn")["seconds"],
+                "llama_decode without logits": lambda: peer(bench, *loop, *LIMIT)["seconds"],
             },
         )
-        what = f"`gguf` {quantization}, `exllamav3`, L 2048, 2 windows"
+        what = f"`gguf` {quantization}, `exllamav3`, one window of 2048"
         return [
-            figure(what, race, "logits_all loop", 2 * 2048, target),
-            figure(f"{what}: share of the limit", race, "llama_decode without logits", 2 * 2048, None),
+            figure(what, race, "logits_all loop", 2048, target),
+            figure(what, race, "logits_all loop, flash attention", 2048, target),
+            figure(f"{what}: share of the limit", race, "llama_decode without logits", 2048, None),
         ]
 
     return measure

@@ -3,8 +3,9 @@
     python benchmarks/peers/llama_perplexity.py --model models/smollm2/X.gguf --text wiki.test.raw --chunks 4
 
 Keys: ppl (four decimals, as the tool prints it), chunks (scored), chunks_available (with --count: in the
-whole text), tokens (scored), tokens_decoded, seconds (from its "calculating perplexity" to its final
-estimate, by the clock in its own log, so without loading and tokenization), and peak_rss_gib.
+whole text), tokens (scored), tokens_decoded, kernels (instruction sets it was built for), seconds (from its
+"calculating perplexity" to its final estimate, by the clock in its own log, so without loading and
+tokenization), and peak_rss_gib.
 The tool itself: build_llama_perplexity.sh beside this file.
 """
 
@@ -50,6 +51,12 @@ def chunks_available(argv: list[str]) -> int:
     raise SystemExit("llama-perplexity never began to calculate")
 
 
+def kernels(log: str) -> list[str]:
+    """The instruction sets the tool was built for, as its log names them."""
+    line = next((line for line in log.splitlines() if "system_info:" in line), "")
+    return re.findall(r"(\w+) = 1", line)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="perplexity by llama-perplexity")
     parser.add_argument("--model", required=True, help="a GGUF file")
@@ -78,6 +85,7 @@ def main() -> None:
                 "chunks_available": available,
                 "tokens": chunks * (n_ctx - 1 - n_ctx // 2),
                 "tokens_decoded": chunks * n_ctx,
+                "kernels": kernels(run.stderr),
                 "seconds": _clock_seconds(ends) - _clock_seconds(begins),
                 "peak_rss_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
             }

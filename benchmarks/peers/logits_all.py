@@ -4,6 +4,7 @@
 a float32 log-softmax over it. Windows start at 0, S, 2S, ... below N - L and all L - 1 targets count
 (protocol exllamav3), tokenized by the GGUF file's own tokenizer.
 
+The package leaves flash attention off unless it is asked for, llama.cpp's own programs do not: --flash-attn.
 With --decode-only nothing but llama_decode runs, without logits beyond the last position's: the most tokens
 per second that any program on this build can reach.
 
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--max-rows", type=int, help="the most windows")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--batch", type=int, default=512, help="n_batch and n_ubatch (the package's default)")
+    parser.add_argument("--flash-attn", action="store_true", help="off by default, as in the package")
     parser.add_argument("--decode-only", action="store_true", help="no logits, no perplexity")
     args = parser.parse_args()
 
@@ -55,6 +57,7 @@ def main() -> None:
         n_ubatch=args.batch,
         n_threads=args.threads,
         n_threads_batch=args.threads,
+        flash_attn=args.flash_attn,
         logits_all=not args.decode_only,
         verbose=False,
     )
