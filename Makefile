@@ -33,7 +33,8 @@ $(VENV)/.dev: $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/python demo/build.py --models $(MODELS)
 	$(BIN)/python compare.py -d demo/specs/data.json -m demo/specs/hf.json demo/specs/gguf.json \
-		-p -o plots/out/demo.png -t "SmolLM2-135M-Instruct" --markdown plots/out/demo.md --offline
+		-p -o plots/out/demo.png -t "SmolLM2-135M-Instruct" --markdown plots/out/demo.md \
+		--json plots/out/demo.json --offline
 	@echo "the chart is plots/out/demo.png, the table plots/out/demo.md"
 
 test: $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""Put the demo's chart and table into README.md: `python demo/update_readme.py` after `make demo`."""
+"""Put the demo's chart, table and records into README.md and docs/: run it after `make demo`."""
 
 import re
 import shutil
@@ -17,6 +17,8 @@ def main() -> None:
     images = ROOT / "docs" / "images"
     images.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(ROOT / "plots" / "out" / "demo.png", images / "demo.png")
+    (ROOT / "docs" / "results").mkdir(exist_ok=True)
+    shutil.copyfile(ROOT / "plots" / "out" / "demo.json", ROOT / "docs" / "results" / "demo.json")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -22,8 +23,9 @@ from evalq.errors import ModelError, SpecError
 from evalq.progress import ConsoleReporter
 from evalq.record import ResultRecord
 from evalq.registry import ALIASES, backend, backend_names, versions
+from evalq.report import with_reference
 from evalq.spec import DataSpec, ModelSpec, find_spec, find_specs, load_data_spec, load_model_specs
-from evalq.store import Store, default_root, read_json, write_atomic
+from evalq.store import ResultDir, Store, default_root, read_json, write_atomic
 from evalq.windows import protocol_named
 
 
@@ -155,9 +157,8 @@ def results(arguments: argparse.Namespace) -> int:
         "model", "state", "key", title="unfinished or failed", title_justify="left", title_style="dim"
     )
     for result in store.results():
-        raw = read_json(result.path / "record.json")
-        if raw is not None:
-            record = ResultRecord.model_validate(raw)
+        record = _stored_record(result)
+        if record is not None:
             groups.setdefault(json.dumps(record.comparison, sort_keys=True), []).append(record)
             continue
         identity, failure = (
@@ -169,11 +170,12 @@ def results(arguments: argparse.Namespace) -> int:
         if failure:
             state += f", {failure['category']}: {failure['message']}"
         others.add_row(str(identity.get("label", "?")), state, result.path.name[:12])
+    compared = [with_reference(group, [], store) for group in groups.values()]
     if arguments.json:
-        sys.stdout.write(table.as_json([record for group in groups.values() for record in group]))
+        sys.stdout.write(table.as_json([record for group in compared for record in group]))
         return 0
     console = _output()
-    for group in groups.values():
+    for group in compared:
         table.print_table(group, console)
         console.print()
     if others.row_count:
@@ -181,6 +183,14 @@ def results(arguments: argparse.Namespace) -> int:
     if not groups and not others.row_count:
         console.print(f"{store.root} holds no results yet", markup=False)
     return 0
+
+
+def _stored_record(result: ResultDir) -> ResultRecord | None:
+    """The record of a finished run; None when there is none, or another version of evalq wrote it."""
+    try:
+        return ResultRecord.model_validate(read_json(result.path / "record.json"))
+    except ValidationError:
+        return None
 
 
 def backends(arguments: argparse.Namespace) -> int:
