@@ -1,6 +1,5 @@
 """The gguf backend against llama-cpp-python's own high-level class and against known answers."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from evalq.backends import _llama, _llama_batch, _llama_plan, gguf
 from evalq.errors import ModelError
 from evalq.failures import CATEGORIES
 
-REPO = Path(__file__).resolve().parents[1]
 PROSE = " ".join(
     f"In {year} the {what} near {where} was {done}, and its keeper saw {n} ships before the {season} storms."
     for year, what, where, done, n, season in (
@@ -34,12 +32,6 @@ PROSE = " ".join(
 )
 TINY_VOCAB = 32
 TOLERANCE_TOKEN_NATS, TOLERANCE_MEAN_NATS = 1e-3, 1e-4
-
-
-@pytest.fixture(scope="session")
-def smollm2_gguf() -> Path:
-    default = REPO / "models" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    return Path(os.environ.get("EVALQ_TEST_GGUF", default))
 
 
 @pytest.fixture(scope="session")

@@ -171,7 +171,8 @@ def test_not_comparable_options_are_refused_before_work(
 ) -> None:
     assert "unknown kind of picture" in fails(runs, capsys, runs.data(), runs.models({}), "-o", "chart.bmp")
     runs.write("file", "")
-    assert "cannot make its folder" in fails(runs, capsys, runs.data(), runs.models({}), "--csv", "file/x.csv")
+    line = fails(runs, capsys, runs.data(), runs.models({}), "--csv", "file/x.csv")
+    assert "cannot make its folder" in line
     assert "only one of" in fails(runs, capsys, runs.data(), runs.models({}), "--json", "-", "--csv", "-")
 
 
