@@ -10,6 +10,7 @@ Source: `exllamav3/modules/quant/exl3.py` of https://github.com/turboderp-org/ex
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ from evalq.backend import Batch
 # Above exllamav3's AUTO_RECONSTRUCT_THRESHOLD (144 rows) in version 1.6.
 INPUT_TOKENS_MIN = 256
 CHUNK_ROWS_MIN = 128
+# Recording a graph costs two forwards.
+GRAPH_BATCHES_MIN = 5
+ATTENTION = "flash_attn_nc"  # exllamav3's name for attention without a cache
 # Columns of the head that are unpacked at once, so that a large vocabulary is never a dense matrix.
 HEAD_SLICE_MIB = 12
 MIB = 2**20
@@ -37,6 +41,10 @@ class Handle:
         vocab_size: columns of the head that are tokens.
         chunk_rows: rows of logits to make at once.
         streaming_device: where modules are loaded one by one; None when all are loaded.
+        use_graph: whether batches of one shape may be replayed as a CUDA graph.
+        notes: of the LoadedModel.
+        replay: the recorded forward, None before there is one.
+        replayed_shape: of the batches it is for.
     """
 
     model: Any
@@ -45,6 +53,10 @@ class Handle:
     vocab_size: int
     chunk_rows: int
     streaming_device: Any
+    use_graph: bool
+    notes: list[str]
+    replay: Any = None
+    replayed_shape: tuple[int, int, int] | None = None
 
 
 def _inputs(batch: Batch) -> Any:
@@ -59,13 +71,71 @@ def resident(handle: Handle, batches: list[Batch]) -> Iterator[tuple[Any, Any]]:
     """Scores of each batch, by a model that is loaded whole."""
     import torch
 
+    common, n_common = Counter(map(_shape, batches)).most_common(1)[0]
     for batch in batches:
+        shape = _shape(batch)
         with torch.inference_mode():
-            # forward() writes into the dictionary: a fresh one for every call.
-            hidden = handle.model.forward(_inputs(batch), {"attn_mode": "flash_attn_nc"})
-            scores = _score(handle, hidden, batch)
-            del hidden
+            if handle.replay is not None and shape == handle.replayed_shape:
+                embedded = _embedded(handle, batch, {"attn_mode": ATTENTION})
+                scores = handle.replay.run(embedded, _targets(batch))
+            else:
+                # forward() writes into the dictionary: a fresh one for every call.
+                hidden = handle.model.forward(_inputs(batch), {"attn_mode": ATTENTION})
+                scores = score_rows(handle, *_scored_rows(hidden, batch))
+                del hidden
+                if handle.use_graph and shape == common and n_common >= GRAPH_BATCHES_MIN:
+                    handle.replay = None  # at most one takes memory
+                    handle.replay, handle.replayed_shape = _recorded(handle, batch, scores), shape
         yield scores
+
+
+def _recorded(handle: Handle, batch: Batch, scores: tuple[Any, Any]) -> Any:
+    """The forward of this batch's shape as a graph that gives the same scores, or None."""
+    import torch
+
+    from evalq.backends._exl3_graph import DIFFERENCE_MAX_NATS, record, recordable
+
+    params = {"attn_mode": ATTENTION}
+    embedded = _embedded(handle, batch, params)
+    targets_R = _targets(batch).to(scores[0].device)
+    whole = handle.model.fwd_modules
+
+    def step(hidden_BTH: Any, targets_R: Any) -> tuple[Any, Any]:
+        hidden_BTH = handle.model.forward_ls(hidden_BTH, {"attn_mode": ATTENTION})
+        rows_RH, _ = _scored_rows(hidden_BTH, batch, targets_R)
+        return score_rows(handle, rows_RH, targets_R)
+
+    handle.use_graph = recordable(handle.model, [*handle.body, handle.head], params)
+    if not handle.use_graph:
+        return None
+    handle.model.fwd_modules = whole[1:]
+    try:
+        replay = record(step, embedded, targets_R, handle.body[-1].device)
+        again, _ = replay.run(embedded, targets_R)
+        # Two NaN are no difference: what is not finite is reported with the scores.
+        difference = float((again - scores[0]).abs().nan_to_num(nan=0.0).max())
+        problem = f"it changes scores by {difference:.3f} nats" if difference > DIFFERENCE_MAX_NATS else ""
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        problem = str(error).strip().splitlines()[0]
+    finally:
+        handle.model.fwd_modules = whole
+    if problem:
+        handle.use_graph = False
+        handle.notes.append(f"not run as a CUDA graph: {problem}")
+        return None
+    return replay
+
+
+def _shape(batch: Batch) -> tuple[int, int, int]:
+    return (*batch.ids_BT.shape, batch.start)
+
+
+def _embedded(handle: Handle, batch: Batch, params: dict[str, Any]) -> Any:
+    """Hidden states [B, T, H] before the first block, on the device of the embedding (often the CPU)."""
+    ids = handle.model.prepare_inputs(_inputs(batch), params)
+    embedding = handle.body[0]
+    return embedding.forward(embedding.prepare_for_device(ids, params), params)
 
 
 def streamed(handle: Handle, batches: list[Batch]) -> Iterator[tuple[Any, Any]]:
@@ -79,7 +149,7 @@ def streamed(handle: Handle, batches: list[Batch]) -> Iterator[tuple[Any, Any]]:
     for module in handle.body:
         with _on_gpu(handle, module), torch.inference_mode():
             for i, ids in enumerate(inputs):
-                params = {"attn_mode": "flash_attn_nc", **kept[i], "quant_preserve": kept[i]}
+                params = {"attn_mode": ATTENTION, **kept[i], "quant_preserve": kept[i]}
                 handle.model.prepare_inputs(ids, params)
                 params["input_ids"] = ids
                 states[i] = module.forward(module.prepare_for_device(states[i], params), params).cpu()
@@ -89,7 +159,7 @@ def streamed(handle: Handle, batches: list[Batch]) -> Iterator[tuple[Any, Any]]:
             with torch.inference_mode():
                 hidden = handle.head.prepare_for_device(states[i], {})
                 states[i] = None
-                scores = _score(handle, hidden, batch)
+                scores = score_rows(handle, *_scored_rows(hidden, batch))
                 del hidden
             yield scores
 
@@ -103,7 +173,8 @@ def _on_gpu(handle: Handle, module: Any) -> Iterator[None]:
     device = torch.device("cpu") if module.caps.get("prefer_cpu") else handle.streaming_device
     deferred = module.can_defer_load()
     if deferred:
-        tensors.begin_deferred_load()
+        # Out of the loader's arena, whose blocks of 128 MiB may be far larger than the module.
+        tensors.begin_deferred_load(arena=False)
     module.load(device)
     if deferred:
         tensors.end_deferred_load()
@@ -111,18 +182,26 @@ def _on_gpu(handle: Handle, module: Any) -> Iterator[None]:
         yield
     finally:
         module.unload()
-        tensors.release_arena()  # partly filled blocks of the loader would stay on the GPU
         tensors.close()
 
 
-def _score(handle: Handle, hidden_BTH: Any, batch: Batch) -> tuple[Any, Any]:
-    """Log-probability (float32) and top-1 of each target, both [B * (T-1-start)] on the GPU."""
+def _targets(batch: Batch) -> Any:
+    """Ids to score, int64 [R], on the CPU."""
     import torch
 
-    targets_BS = torch.from_numpy(np.ascontiguousarray(batch.ids_BT[:, batch.start + 1 :]))
-    inputs = batch.ids_BT.shape[1] - 1
-    rows_RH = hidden_BTH[:, batch.start : inputs].flatten(0, 1).contiguous()
-    targets_R = targets_BS.flatten().to(rows_RH.device)
+    return torch.from_numpy(np.ascontiguousarray(batch.ids_BT[:, batch.start + 1 :])).flatten()
+
+
+def _scored_rows(hidden_BTH: Any, batch: Batch, targets_R: Any = None) -> tuple[Any, Any]:
+    """The hidden states that predict a target [R, H], and the targets [R] beside them."""
+    rows_RH = hidden_BTH[:, batch.start : batch.ids_BT.shape[1] - 1].flatten(0, 1).contiguous()
+    return rows_RH, _targets(batch).to(rows_RH.device) if targets_R is None else targets_R
+
+
+def score_rows(handle: Handle, rows_RH: Any, targets_R: Any) -> tuple[Any, Any]:
+    """Log-probability (float32) and top-1 of each target, both [R] on the GPU."""
+    import torch
+
     n_rows = len(targets_R)
     if n_rows < CHUNK_ROWS_MIN // 2:
         rows_RH = torch.nn.functional.pad(rows_RH, (0, 0, 0, CHUNK_ROWS_MIN // 2 - n_rows))

@@ -11,6 +11,7 @@ Source: https://github.com/turboderp-org/exllamav3
 """
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,9 @@ OPTIONS = {
     "streaming": Option(
         (bool,), "one module on the GPU at a time, for models larger than its memory (default false)"
     ),
+    "cuda_graph": Option(
+        (bool,), "replay windows of one shape as one CUDA graph where the model allows (default true)"
+    ),
     "batch_windows": Option(
         (int,), "windows per forward (default: as many as fit in 2048 tokens, at least 1)"
     ),
@@ -61,12 +65,15 @@ def load(request: LoadRequest) -> LoadedModel:
     device = torch.device(options.get("device", "cuda:0"))
     torch.cuda.init()  # exllamav3's loader needs the context before its first allocation
     model = _model(request)
+    streaming, use_graph = bool(options.get("streaming")), bool(options.get("cuda_graph", True))
+    if streaming or use_graph:
+        _small_workspace(model)
     inputs = max(INPUT_TOKENS_MIN, request.window_tokens - 1)
     batch_windows = options.get("batch_windows", max(1, BATCH_TOKENS // inputs))
     vocab_size = int(model.config.vocab_size)
     chunk_bytes = options.get("head_chunk_mib", HEAD_CHUNK_MIB) * MIB
     chunk_rows = max(CHUNK_ROWS_MIN, chunk_bytes // (4 * vocab_size))
-    if not options.get("streaming", False):
+    if not streaming:
         split = options.get("gpu_split")
         if split is None:
             model.load(device=device)
@@ -77,8 +84,16 @@ def load(request: LoadRequest) -> LoadedModel:
             )
     head = model.modules[-1]
     model.fwd_modules = [entry for entry in model.fwd_modules if entry[0] is not head]
+    notes = ["streamed: one module on the GPU at a time"] if streaming else []
     handle = Handle(
-        model, model.modules[:-1], head, vocab_size, chunk_rows, device if options.get("streaming") else None
+        model,
+        model.modules[:-1],
+        head,
+        vocab_size,
+        chunk_rows,
+        streaming_device=device if streaming else None,
+        use_graph=use_graph,
+        notes=notes,
     )
     return LoadedModel(
         handle=handle,
@@ -90,7 +105,7 @@ def load(request: LoadRequest) -> LoadedModel:
         tokenize=_tokenize_fn(request),
         peak_memory_bytes=_peak_memory_fn(),
         versions={"cuda": str(torch.version.cuda)},
-        notes=["streamed: one module on the GPU at a time"] if handle.streaming_device is not None else [],
+        notes=notes,
     )
 
 
@@ -175,6 +190,18 @@ def _model(request: LoadRequest) -> Any:
             f"exllamav3 builds {config.architecture} without a head at its end", "unsupported_format"
         )
     return model
+
+
+def _small_workspace(model: Any) -> None:
+    """Keep torch from reserving 32 MiB (on Hopper) for cuBLAS, which exllamav3 gives a workspace of its own.
+
+    Reading the variable costs torch some microseconds at every product, so it is set only where few products
+    are launched one by one; without quantized weights torch's own products need the workspace.
+    """
+    from evalq.backends._exl3_graph import dense
+
+    if "quantization_config" in model.config.config_dict and dense(model.modules):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
 
 
 def _tokenize_fn(request: LoadRequest) -> Any:

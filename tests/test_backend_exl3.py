@@ -142,13 +142,11 @@ class Loader:
     def __init__(self) -> None:
         self.open = self.opened = 0
 
-    def begin_deferred_load(self) -> None:
+    def begin_deferred_load(self, arena: bool = True) -> None:
         self.open, self.opened = self.open + 1, self.opened + 1
 
     def end_deferred_load(self) -> None:
         self.open -= 1
-
-    def release_arena(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -234,7 +232,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Handle:
     monkeypatch.setitem(sys.modules, quant.__name__, quant)
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     model = ToyModel()
-    return Handle(model, model.modules[:-1], model.modules[-1], V, CHUNK_ROWS_MIN, None)
+    return Handle(model, model.modules[:-1], model.modules[-1], V, CHUNK_ROWS_MIN, None, False, [])
 
 
 def batches_of(*sizes: tuple[int, int, int]) -> list[Batch]:
@@ -368,6 +366,16 @@ class TestEngine:
         whole = [scores.logprob for scores in exl3.forward_many(real, batches)]
         parts = [scores.logprob for scores in exl3.forward_many(streaming, batches)]
         for one, other in zip(whole, parts, strict=True):
+            assert np.allclose(one, other, atol=0.02) and abs((one - other).mean()) < 2e-4
+
+    def test_a_graph_gives_the_scores_of_single_launches(self, checkpoint: Path, ids: np.ndarray) -> None:
+        rows = [np.roll(ids[i % 3], 7 * i)[None] for i in range(8)]
+        batches = [*(Batch(row, 0) for row in rows), Batch(ids[:1, :300], 100), Batch(rows[0], 0)]
+        graph, single = loaded(checkpoint), loaded(checkpoint, cuda_graph=False)
+        found = [scores.logprob for scores in exl3.forward_many(graph, batches)]
+        wanted = [scores.logprob for scores in exl3.forward_many(single, batches)]
+        assert graph.notes == [] and graph.handle.replay is not None, "nothing was recorded"
+        for one, other in zip(found, wanted, strict=True):
             assert np.allclose(one, other, atol=0.02) and abs((one - other).mean()) < 2e-4
 
     def test_the_first_tokens_do_not_depend_on_the_window(self, real: LoadedModel, ids: np.ndarray) -> None:

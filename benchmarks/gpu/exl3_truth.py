@@ -31,8 +31,13 @@ from evalq.data import read_stream
 from evalq.environment import environment
 
 EVAL_LEN, EVAL_STRIDE, WINDOWS = 2048, 512, 20
-HEAD_BITS, CALIBRATION_ROWS, TIMED_PASSES = 6, 32, 3
-SWEEP = [{"batch_windows": n} for n in (2, 4, 8)] + [{"head_chunk_mib": n} for n in (16, 64, 96)]
+HEAD_BITS, CALIBRATION_ROWS, TIMED_PASSES = 6, 32, 5
+SWEEP: list[dict[str, Any]] = [
+    {"cuda_graph": False},
+    {"cuda_graph": False, "batch_windows": 4},
+    {"batch_windows": 2},
+    {"head_chunk_mib": 96},
+]
 MIB = 2**20
 
 
@@ -43,24 +48,31 @@ def windows_WT(ids: np.ndarray) -> np.ndarray:
 
 
 def measured(one_pass: Callable[[], np.ndarray], n_tokens: int, loaded_bytes: int) -> dict[str, Any]:
-    """Tokens per second and peak memory above the loaded weights, after a pass to warm up."""
+    """Tokens per second and peak memory above the loaded weights, of a first pass and of warm ones."""
     import torch
 
-    logprob = one_pass()
-    torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(TIMED_PASSES):
+    def timed() -> float:
         torch.cuda.synchronize()
         began = time.perf_counter()
         one_pass()
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        return time.perf_counter() - began
+
+    torch.cuda.reset_peak_memory_stats()
+    first_seconds = timed()
+    first_peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = [timed() for _ in range(TIMED_PASSES)]
+    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     return {
-        "ppl": math.exp(-float(np.mean(logprob, dtype=np.float64))),
+        "ppl": math.exp(-float(np.mean(one_pass(), dtype=np.float64))),
         "tokens_per_second": n_tokens / statistics.median(seconds),
         "seconds": seconds,
+        "first_pass_seconds": first_seconds,
         "loaded_mib": loaded_bytes / MIB,
-        "peak_above_weights_mib": (torch.cuda.max_memory_allocated() - loaded_bytes) / MIB,
+        "peak_above_weights_mib": (peak - loaded_bytes) / MIB,
+        "first_pass_peak_above_weights_mib": (first_peak - loaded_bytes) / MIB,
+        "reserved_above_weights_mib": (reserved - loaded_bytes) / MIB,
     }
 
 
@@ -98,29 +110,24 @@ def peer(model_dir: Path, ids: np.ndarray, out: Path) -> dict[str, Any]:
     return result | {"layer_bpw": layer_bpw, "head_bpw": head_bpw}
 
 
-def ours(model_dir: Path, ids: np.ndarray, out: Path, options: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The backend of evalq, once for each set of options."""
+def ours(model_dir: Path, ids: np.ndarray, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The backend of evalq. Its CUDA graph is recorded in the first pass and kept, like engine caches."""
     import torch
 
     from evalq.backends import exl3
 
-    windows, results = windows_WT(ids), []
-    for chosen in options:
-        model = exl3.load(LoadRequest(model_dir, EVAL_LEN, EVAL_LEN - 1, chosen, n_windows=WINDOWS))
-        torch.cuda.empty_cache()
-        loaded = torch.cuda.memory_allocated()
-        size = model.batch_windows
-        batches = [Batch(windows[i : i + size], 0) for i in range(0, len(windows), size)]
+    windows = windows_WT(ids)
+    model = exl3.load(LoadRequest(model_dir, EVAL_LEN, EVAL_LEN - 1, options, n_windows=WINDOWS))
+    torch.cuda.empty_cache()
+    loaded, size = torch.cuda.memory_allocated(), model.batch_windows
+    batches = [Batch(windows[i : i + size], 0) for i in range(0, len(windows), size)]
 
-        def one_pass(model: Any = model, batches: list[Batch] = batches) -> np.ndarray:
-            return np.concatenate([scores.logprob for scores in exl3.forward_many(model, batches)])
+    def one_pass() -> np.ndarray:
+        return np.concatenate([scores.logprob for scores in exl3.forward_many(model, batches)])
 
-        result = measured(one_pass, windows.shape[0] * (EVAL_LEN - 1), loaded)
-        results.append({"options": chosen, "batch_windows": size} | result)
-        if chosen == {}:
-            np.save(out.with_suffix(".npy"), one_pass())
-        exl3.close(model)
-    return results
+    result = measured(one_pass, windows.shape[0] * (EVAL_LEN - 1), loaded)
+    np.save(out.with_suffix(".npy"), one_pass())
+    return {"options": options, "batch_windows": size, "notes": model.notes} | result
 
 
 def convert(hf: Path, work: Path, rates: list[float]) -> Iterator[Path]:
@@ -160,10 +167,12 @@ def scored(specs: list[dict[str, Any]], wikitext: Path, work: Path) -> list[dict
     return [json.loads(out.read_text())[0] for out, _ in running]
 
 
-def child(side: str, model_dir: Path, ids_file: Path, out: Path, sweep: bool) -> Any:
+def child(side: str, model_dir: Path, work: Path, options: dict[str, Any] | None = None) -> Any:
     """Run one side in a process of its own."""
-    command = [sys.executable, __file__, side, "--model", str(model_dir), "--ids", str(ids_file)]
-    subprocess.run([*command, "--out", str(out), *(["--sweep"] if sweep else [])], check=True)
+    out = work / f"{model_dir.name}.{side}.{'' if not options else '-'.join(options)}.json".replace("..", ".")
+    command = [sys.executable, __file__, side, "--model", str(model_dir), "--ids", str(work / "ids.npy")]
+    command += ["--out", str(out), "--options", json.dumps(options or {})]
+    subprocess.run(command, check=True)
     return json.loads(out.read_text())
 
 
@@ -178,14 +187,14 @@ def compared(model_dir: Path, name: str, arguments: argparse.Namespace) -> tuple
     failed = [record["error"] for record in records if record["status"] != "ok"]
     if failed:
         return {"model": name, "failed": failed}, records
-    ids_file = work / "ids.npy"
     stream = read_stream(next((work / "store-0" / "tokens").glob("*.safetensors")))
     assert stream is not None
-    np.save(ids_file, stream.ids_N)
+    np.save(work / "ids.npy", stream.ids_N)
     own, streamed = records[:2]
-    sweep = name == arguments.sweep
-    theirs = child("peer", model_dir, ids_file, work / f"{model_dir.name}.peer.json", False)
-    mine = child("ours", model_dir, ids_file, work / f"{model_dir.name}.ours.json", sweep)
+    theirs = child("peer", model_dir, work)
+    mine = [child("ours", model_dir, work)]
+    for options in [{"streaming": True}, *(SWEEP if name == arguments.sweep else [])]:
+        mine.append(child("ours", model_dir, work, options))
     both = [np.load(work / f"{model_dir.name}.{side}.npy").ravel() for side in ("ours", "peer")]
     row = {
         "model": name,
@@ -201,7 +210,8 @@ def compared(model_dir: Path, name: str, arguments: argparse.Namespace) -> tuple
         "layer_bpw": [own["layer_bpw"], theirs["layer_bpw"]],
         "head_bpw": [own["head_bpw"], theirs["head_bpw"]],
         "speed_ratio": mine[0]["tokens_per_second"] / theirs["tokens_per_second"],
-        "peak_memory_ratio": mine[0]["peak_above_weights_mib"] / theirs["peak_above_weights_mib"],
+        # The graph is recorded in the first pass, and torch counts its memory only then.
+        "peak_memory_ratio": mine[0]["first_pass_peak_above_weights_mib"] / theirs["peak_above_weights_mib"],
         "evalq": mine,
         "exllamav3": theirs,
     }
@@ -247,18 +257,14 @@ def main() -> None:
         part = commands.add_parser(side)
         for name in ("--model", "--ids", "--out"):
             part.add_argument(name, type=Path, required=True)
-        part.add_argument("--sweep", action="store_true")
+        part.add_argument("--options", type=json.loads, default={})
     arguments = parser.parse_args()
     if arguments.command == "run":
         for name in ("hf", "wikitext", "work"):
             setattr(arguments, name, getattr(arguments, name).resolve())
         return run(arguments)
-    ids = np.load(arguments.ids)
-    if arguments.command == "peer":
-        result: Any = peer(arguments.model, ids, arguments.out)
-    else:
-        options: list[dict[str, Any]] = [{}, {"streaming": True}, *(SWEEP if arguments.sweep else [])]
-        result = ours(arguments.model, ids, arguments.out, options)
+    given = (arguments.model, np.load(arguments.ids), arguments.out)
+    result = peer(*given) if arguments.command == "peer" else ours(*given, arguments.options)
     arguments.out.write_text(json.dumps(result))
 
 
