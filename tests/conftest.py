@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from evalq.cli import compare_main
 
 ROOT = Path(__file__).parents[1]
-MODELS = Path(os.environ.get("EVALQ_TEST_MODELS", ROOT / "models" / "smollm2"))
+MODELS = Path(os.environ.get("EVALQ_TEST_MODELS", ROOT / "models" / "smollm2")).resolve()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
