@@ -383,7 +383,7 @@ def test_options_reach_the_engine(tiny, options):
 
 
 def test_default_batch_fills_one_decode_with_short_windows(tiny):
-    for window_tokens, n_windows, expected in ((33, 100, 8), (33, 3, 3), (64, 100, 4)):
+    for window_tokens, n_windows, expected in ((33, 100, 16), (33, 3, 3), (64, 100, 8)):
         model = loaded(tiny, window_tokens, n_windows)
         assert model.batch_windows == expected
         gguf.close(model)

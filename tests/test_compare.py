@@ -127,7 +127,9 @@ def test_worker_ends_with_its_parent(runs: Runs) -> None:
 
 def test_interrupt_ends_the_worker_and_exits_130(runs: Runs) -> None:
     models = runs.models({"options": {"seconds_per_window": 0.5}})
-    process = runs.process("-d", str(runs.data(max_rows=50)), "-m", str(models))
+    # A shell's background jobs, and so their children, start with SIGINT ignored.
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = runs.process("-d", str(runs.data(max_rows=50)), "-m", str(models), **listening)
     store = runs.folder / "store" / "results"
     wait_for(lambda: list(store.glob("*/parts/*.safetensors")))
     workers = children(process.pid)
