@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from evalq.adapter import Adapter
 from evalq.errors import ModelError
 
 _LEVEL_WARN, _LEVEL_ERROR, _LEVEL_CONT = 3, 4, 5  # enum ggml_log_level in ggml.h
@@ -174,3 +175,25 @@ def open_model(path: Path, params: Any) -> Any:
     if not model:
         raise failure("llama.cpp cannot load it", path)
     return model
+
+
+def open_adapter(model: Any, adapter: Adapter) -> Any:
+    """A llama_adapter_lora pointer, freed with the model. Raises ModelError."""
+    if adapter.kind != "gguf":
+        raise ModelError(
+            f"{adapter.path} is a PEFT adapter; llama.cpp wants a GGUF one",
+            "bad_adapter",
+            "convert it with llama.cpp's convert_lora_to_gguf.py and name the file",
+        )
+    LOG.clear()
+    pointer = engine().llama_adapter_lora_init(model, str(adapter.path).encode())
+    if not pointer:
+        raise failure(f"llama.cpp cannot load the adapter {adapter.path.name}", adapter.path, "bad_adapter")
+    return pointer
+
+
+def apply_adapter(context: Any, adapter: Any, path: Path) -> None:
+    """Use an adapter at full strength from now on. Raises ModelError."""
+    adapters, scales = (engine().llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
+    if engine().llama_set_adapters_lora(context, adapters, 1, scales) != 0:
+        raise failure("llama.cpp cannot apply the adapter", path, "bad_adapter")

@@ -70,11 +70,12 @@ def make_plan(request: LoadRequest) -> Plan:
     n_ubatch = options.get("n_ubatch", n_batch)
     if n_ubatch > n_batch:
         raise ModelError(f'option "n_ubatch" is {n_ubatch}, above n_batch ({n_batch})', "bad_option")
+    n_batch = max(batch_windows, n_batch // request.divide_work)
     return Plan(
         threads=options.get("threads", default_threads()),
         batch_windows=batch_windows,
         n_batch=n_batch,
-        n_ubatch=n_ubatch,
+        n_ubatch=min(n_ubatch, n_batch),
         n_gpu_layers=layers,
         sequence_tokens=sequence_tokens,
     )

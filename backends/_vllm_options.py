@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evalq.backend import LoadRequest, Option
+from evalq.backends._vllm_lora import lora_arguments
 from evalq.errors import ModelError
 
 # Tokens per step. vLLM's first model runner makes the logits of a whole step at once and does not count
@@ -105,14 +106,16 @@ def engine_arguments(
         if name not in known:
             raise ModelError(f"vLLM {version} has no option {name}", "bad_option", "remove it")
     tokens = request.window_tokens
-    fitting = max(1, options.get("max_num_batched_tokens", STEP_TOKENS) // tokens)
+    asked_tokens = options.pop("max_num_batched_tokens", None)
+    step_tokens = (asked_tokens or STEP_TOKENS) // request.divide_work
+    fitting = max(1, step_tokens // tokens)
     arguments: dict[str, Any] = {
         "model": str(request.path),
         "trust_remote_code": request.trust_remote_code,
         "max_model_len": tokens + 1,
         # Twice a step's: the next step is scheduled before the last one's windows are known to be done.
-        "max_num_seqs": 2 * fitting if tokens <= STEP_TOKENS else 1,
-        "max_num_batched_tokens": min(STEP_TOKENS, fitting * tokens),
+        "max_num_seqs": 2 * fitting if tokens <= step_tokens else 1,
+        "max_num_batched_tokens": step_tokens if asked_tokens else min(step_tokens, fitting * tokens),
         # Windows share their beginnings, and cached tokens have no log-probabilities.
         "enable_prefix_caching": False,
         # Ids come in, numbers go out.
@@ -126,6 +129,8 @@ def engine_arguments(
         arguments["gpu_memory_utilization"] = _utilization(hardware.memory_bytes, vocab_size)
         if "kv_cache_gib" in request.options:
             arguments["kv_cache_memory_bytes"] = request.options["kv_cache_gib"] * GIB
+    if request.adapter is not None:
+        arguments |= lora_arguments(request.adapter)
     arguments |= options
     # vLLM refuses a step with fewer tokens than sequences.
     arguments["max_num_batched_tokens"] = max(arguments["max_num_batched_tokens"], arguments["max_num_seqs"])

@@ -32,7 +32,18 @@ OPTIONS = {
     "misbehave": Option(
         (str,),
         "fail the way an engine does; the choices say how (default: it behaves)",
-        ("oom-load", "oom-forward", "kill", "segfault", "hang", "nan", "some-nan", "wrong-shape", "chatter"),
+        (
+            "oom-load",
+            "oom-forward",
+            "oom-forward-once",
+            "kill",
+            "segfault",
+            "hang",
+            "nan",
+            "some-nan",
+            "wrong-shape",
+            "chatter",
+        ),
         numeric=True,
     ),
     "misbehave_after": Option((int,), "windows scored before it does (default 0)"),
@@ -62,6 +73,8 @@ def load(request: LoadRequest) -> LoadedModel:
         print("an engine that prints to standard output\n" * 3, flush=True)
     config = request.path / "config.json"
     positions = json.loads(config.read_text()).get("max_position_embeddings") if config.is_file() else None
+    if options.get("misbehave") == "oom-forward-once" and request.divide_work == 1:
+        options["misbehave"] = "oom-forward"
     options["scored"] = 0
     return LoadedModel(
         handle=options,

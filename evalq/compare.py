@@ -149,13 +149,24 @@ def _score(
         worker = WorkerSettings(
             model.python, settings.timeout_seconds, settings.offline, result.path / "worker.log"
         )
-        run_worker(_score_job(model, data, result), worker, reporter.event)
+        _run_scoring(_score_job(model, data, result), worker, reporter)
         write_json(result.path / "environment.json", environment())
         return scored_record(model, data, identity, result), False
     except ModelError as error:
         failure = {"category": error.category, "message": error.message, "remedy": remedy_of(error)}
         write_json(result.path / "failure.json", failure)
         return failed_record(spec, model, data, error, key), False
+
+
+def _run_scoring(job: dict[str, Any], worker: WorkerSettings, reporter: Reporter) -> None:
+    """Run a worker to its end; once more with half as much at once if it runs out of memory while scoring."""
+    try:
+        run_worker(job, worker, reporter.event)
+    except ModelError as error:
+        if error.category != "oom_forward":
+            raise
+        reporter.status(f"out of memory ({error.message}): once more with half as much at once")
+        run_worker(job | {"divide_work": 2}, worker, reporter.event)
 
 
 def _score_job(model: Prepared, data: Data, result: ResultDir) -> dict[str, Any]:
@@ -172,6 +183,10 @@ def _score_job(model: Prepared, data: Data, result: ResultDir) -> dict[str, Any]
         "max_tokens": data.spec.max_tokens,
         "settings": asdict(data.settings),
         "result_dir": str(result.path.resolve()),
+        "lora": None
+        if model.adapter is None
+        else {"path": str(model.adapter.path), "name": model.adapter.name},
+        "divide_work": 1,
     }
 
 

@@ -113,7 +113,7 @@ def score_windows(
         "versions": model.versions,
         "memory": model.memory,
         "memory_after_load_gib": memory_after_load / GIB,
-        "peak_memory_gib": peak / GIB,
+        "peak_memory_gib": peak / GIB if peak else None,
         "threads": os.environ.get("OMP_NUM_THREADS"),
     }
 

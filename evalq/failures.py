@@ -71,6 +71,9 @@ CATEGORIES: dict[str, Category] = {
     "unsupported_format": Category(
         "the engine or this hardware cannot run the format", "use another engine or format, or other hardware"
     ),
+    "bad_adapter": Category(
+        "the LoRA adapter does not go on this model or engine", "take the adapter's own base model"
+    ),
     "bad_option": Category("an engine option is wrong", "correct it in the model spec's options"),
     "non_finite": Category(
         "the engine returned NaN or infinite log-probabilities",
@@ -100,6 +103,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
         "engine_missing",
     ),
     (r"does not recognize this architecture|Unknown quantization type|not supported", "unsupported_format"),
+    (r"not implemented for '(Float|Half|BFloat16)'", "unsupported_format"),
 )
 
 

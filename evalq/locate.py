@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evalq.errors import ModelError
-from evalq.spec import ModelSpec
+from evalq.spec import LoraSpec, ModelSpec
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILE = re.compile(r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/((?:[\w.-]+/)*[\w.-]+\.gguf)$")
@@ -58,6 +58,22 @@ def locate(spec: ModelSpec, offline: bool, tokenizer_only: bool = False) -> Mode
             spec, path, offline, _TOKENIZER if tokenizer_only else [*_TOKENIZER, "*.safetensors"]
         )
     raise ModelError(f"{spec.where}.model_dir: {path} does not exist", "model_missing")
+
+
+def locate_adapter(spec: ModelSpec, lora: LoraSpec, offline: bool) -> Path:
+    """The adapter of a model spec: beside the spec file, else a repository of the hub.
+
+    Raises:
+        ModelError: model_missing, model_gated or download_failed.
+    """
+    path = spec.local(lora.path)
+    if path.exists():
+        return path.resolve()
+    if not _HUB_NAME.match(lora.path):
+        raise ModelError(f"{spec.where}.lora.path: {path} does not exist", "model_missing")
+    stand_in = ModelSpec(load_fn=spec.load_fn, model_dir=lora.path)
+    stand_in._where = f"{spec.where}.lora"
+    return _from_hub(stand_in, path, offline, ["adapter_config.json", "adapter_model.safetensors"]).path
 
 
 def _from_hub(spec: ModelSpec, path: Path, offline: bool, wanted: list[str]) -> ModelFiles:

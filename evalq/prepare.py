@@ -3,17 +3,18 @@
 From headers alone, so that what cannot work fails in a second instead of after an hour of loading.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from evalq.adapter import Adapter, read_adapter, require_features
 from evalq.checkpoint import Checkpoint, open_checkpoint
 from evalq.config import python_for
 from evalq.errors import ModelError
 from evalq.fingerprint import fingerprint
-from evalq.locate import ModelFiles, locate
-from evalq.registry import Engine, resolve_engine, versions
-from evalq.spec import ModelSpec
+from evalq.locate import ModelFiles, locate, locate_adapter
+from evalq.registry import Engine, backend, resolve_engine, versions
+from evalq.spec import LoraSpec, ModelSpec
 from evalq.storage import StorageReport, measure_storage
 from evalq.store import Store
 
@@ -31,6 +32,7 @@ class Prepared:
         checkpoint: its headers.
         storage: its bits.
         identity: what the model's part of a result depends on.
+        adapter: on top of it, or None.
     """
 
     spec: ModelSpec
@@ -41,6 +43,7 @@ class Prepared:
     checkpoint: Checkpoint
     storage: StorageReport
     identity: dict[str, Any]
+    adapter: Adapter | None = None
 
 
 def prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared:
@@ -56,6 +59,7 @@ def prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared:
     files = locate(spec, offline)
     checkpoint = open_checkpoint(files.path)
     storage = measure_storage(files.path)
+    adapter = None if spec.lora is None else _adapter(spec, spec.lora, engine, files.path, offline)
     print_ = fingerprint(checkpoint.files, store.root / "digests.json")
     overlay = None
     if files.overlay is not None:
@@ -71,7 +75,34 @@ def prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared:
         "options": engine.numeric_options,
         "trust_remote_code": spec.trust_remote_code,
     }
-    return Prepared(spec, engine, python, found, files, checkpoint, storage, identity)
+    if adapter is not None:
+        lora = fingerprint(adapter.files, store.root / "digests.json").digest
+        identity |= {"lora": adapter.name, "lora_digest": lora}
+        storage = _with_adapter(storage, adapter)
+    return Prepared(spec, engine, python, found, files, checkpoint, storage, identity, adapter)
+
+
+def _adapter(spec: ModelSpec, lora: LoraSpec, engine: Engine, base: Path, offline: bool) -> Adapter:
+    """The adapter of a spec. Raises ModelError unless it goes on this engine and this base."""
+    if engine.lora_features is None:
+        raise ModelError(
+            f"{spec.where}.lora: {engine.load} applies no adapters",
+            "bad_adapter",
+            "merge it: evalq merge-lora",
+        )
+    adapter = read_adapter(locate_adapter(spec, lora, offline), lora.plain_name)
+    require_features(adapter, engine.lora_features, engine.load)
+    return adapter
+
+
+def _with_adapter(storage: StorageReport, adapter: Adapter) -> StorageReport:
+    """The base's sizes with the adapter's bytes among those of its layers, like any other sidecar."""
+    return replace(
+        storage,
+        format=f"{storage.format} + LoRA r{adapter.rank}",
+        layer_bytes=storage.layer_bytes + adapter.bytes,
+        disk_bytes=storage.disk_bytes + adapter.bytes,
+    )
 
 
 def _installed_versions(engine: Engine, python: str | None) -> dict[str, str]:
@@ -80,6 +111,9 @@ def _installed_versions(engine: Engine, python: str | None) -> dict[str, str]:
         where = "" if python is None else f" for {python}"
         message = f'the engine of "{engine.load}" is not installed{where}'
         raise ModelError(message, "engine_missing", engine.install)
+    remote = getattr(backend(engine.load), "remote_versions", None)
+    if remote is not None:  # what is installed here is a client: the numbers come from elsewhere
+        return cast(dict[str, str], remote(engine.options))
     return found
 
 

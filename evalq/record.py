@@ -57,6 +57,7 @@ class ResultRecord(_Frozen):
     vram_gb: float | None = Field(default=None, description="layers + head, GiB")
     disk_gib: float | None = Field(default=None, description="every tensor, GiB")
     format: str | None = Field(default=None, description="checkpoint format in one line")
+    lora: str | None = Field(default=None, description="name of the adapter on top")
 
     ppl: float | None = Field(default=None, description="exp(mean NLL) per token")
     ppl_stderr: float | None = Field(default=None, description="window-clustered standard error of ppl")

@@ -9,6 +9,7 @@ makes `"load_fn": "myengine"` valid. What a backend is: `evalq.backend`.
 """
 
 import importlib.metadata
+import itertools
 import json
 import subprocess
 import sys
@@ -111,13 +112,17 @@ def tokenizer_backend(name: str, path: Path) -> str:
 
 @dataclass(frozen=True)
 class Engine:
-    """The backends one model spec names, with its validated options."""
+    """The backends one model spec names, with its validated options.
+
+    `lora_features` is None for a backend that applies no adapters.
+    """
 
     load: str
     forward: str
     options: dict[str, Any]
     numeric_options: dict[str, Any]
     install: str
+    lora_features: frozenset[str] | None = None
 
 
 def resolve_engine(spec: ModelSpec) -> Engine:
@@ -129,7 +134,8 @@ def resolve_engine(spec: ModelSpec) -> Engine:
     for name, value in options.items():
         _check_option(name, value, module.OPTIONS, f"{spec.where}.options.{name}")
     numeric = {name: value for name, value in sorted(options.items()) if module.OPTIONS[name].numeric}
-    return Engine(alias.backend, forward, options, numeric, module.INSTALL)
+    features = getattr(module, "LORA_FEATURES", None)
+    return Engine(alias.backend, forward, options, numeric, module.INSTALL, features)
 
 
 def _check_option(name: str, value: Any, known: dict[str, Option], where: str) -> None:
@@ -147,7 +153,7 @@ def _check_option(name: str, value: Any, known: dict[str, Option], where: str) -
 
 @cache
 def versions(name: str, python: str | None = None) -> dict[str, str]:
-    """Installed versions of a backend's distributions; the engine's own comes first, missing ones are absent.
+    """Installed versions of a backend's distributions, the engine's own first; {} without the engine.
 
     Args:
         name: canonical backend name.
@@ -156,9 +162,17 @@ def versions(name: str, python: str | None = None) -> dict[str, str]:
     Raises:
         ModelError: category engine_missing, when that interpreter cannot be run.
     """
-    wanted = list(backend(name).DISTRIBUTIONS)
+    engine, *others = (dist.split("|") for dist in backend(name).DISTRIBUTIONS)
+    wanted = [*engine, *itertools.chain(*others)]
     if python is None or Path(python) == Path(sys.executable):
-        return {dist: v for dist in wanted if (v := _version(dist)) is not None}
+        found = {dist: v for dist in wanted if (v := _version(dist)) is not None}
+    else:
+        found = _versions_elsewhere(wanted, python)
+    return found if any(dist in found for dist in engine) else {}
+
+
+def _versions_elsewhere(wanted: list[str], python: str) -> dict[str, str]:
+    """The same, asked from another interpreter. Raises ModelError (engine_missing)."""
     script = (
         "import importlib.metadata as m, json, sys\n"
         "found = {}\n"

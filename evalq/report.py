@@ -124,6 +124,7 @@ def _described(spec: ModelSpec, data: "Data") -> dict[str, Any]:
         "group": spec.group,
         "color": spec.color,
         "engine": spec.load_fn,
+        "lora": None if spec.lora is None else spec.lora.plain_name,
         "protocol": data.settings.name,
         "comparison": data.comparison,
     }

@@ -65,6 +65,20 @@ class DataSpec(_Spec):
         return resolve_path(name, self._base)
 
 
+class LoraSpec(_Spec):
+    """An adapter on top of a model."""
+
+    path: str = Field(description="PEFT directory (or owner/name on the hub); for GGUF models a GGUF adapter")
+    name: str | None = Field(
+        default=None, min_length=1, description="in labels and records; default: the path's"
+    )
+
+    @property
+    def plain_name(self) -> str:
+        """The name, the last part of the path when there is none."""
+        return self.name or Path(self.path.rstrip("/")).stem
+
+
 class ModelSpec(_Spec):
     """One model on one engine."""
 
@@ -76,6 +90,7 @@ class ModelSpec(_Spec):
         "a list of two puts the second one's tensors over the first one's (EXL3)"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
+    lora: LoraSpec | None = Field(default=None, description='adapter on top: {"path": ..., "name": ...}')
     options: dict[str, Any] = Field(default_factory=dict, description="for the engine: `evalq backends -v`")
     python: str | None = Field(default=None, description="interpreter of the engine's environment")
     trust_remote_code: bool = False
@@ -104,9 +119,15 @@ class ModelSpec(_Spec):
 
     @property
     def plain_label(self) -> str:
-        """The label without its [colour]; the last part of model_dir when there is none."""
+        """The label without its [colour]; the last part of model_dir when there is none.
+
+        An adapter that the label does not name is put behind it.
+        """
         label = self.label if self.label is not None else Path(self.main_dir.rstrip("/")).name
-        return _COLOR.sub("", label).strip() or self.main_dir
+        label = _COLOR.sub("", label).strip() or self.main_dir
+        if self.lora is None or self.lora.plain_name in label:
+            return label
+        return f"{label} + {self.lora.plain_name}"
 
     @property
     def group(self) -> str:

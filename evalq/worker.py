@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from evalq import evaluate
+from evalq.adapter import read_adapter
 from evalq.backend import LoadRequest, Tokenizer
 from evalq.data import PROBE_CHARACTERS, PROBE_EXTRA, cut, read_stream, write_stream
 from evalq.errors import EvalqError, ModelError, StoreError
@@ -130,7 +131,7 @@ def score(job: dict[str, Any], emit: Emit, stage: _Stage) -> None:
     """Score every window of a plan that the store does not hold yet.
 
     Job: load, forward (backends), path, overlay, load_fn, options, trust_remote_code, tokens_file,
-    max_tokens, settings (ProtocolSettings), result_dir.
+    max_tokens, settings (ProtocolSettings), result_dir, lora (path and name, or None), divide_work.
     """
     result = ResultDir(Path(job["result_dir"]))
     with result.lock(on_wait=lambda: emit("waiting")):
@@ -154,10 +155,15 @@ def score(job: dict[str, Any], emit: Emit, stage: _Stage) -> None:
             load_fn=job["load_fn"],
             n_windows=len(plan.windows),
             token_ids_max=int(stream.ids_N.max()),
+            adapter=read_adapter(Path(job["lora"]["path"]), job["lora"]["name"]) if job["lora"] else None,
+            divide_work=job["divide_work"],
         )
         started = time.perf_counter()
         model = backend(job["load"]).load(request)
         load_seconds = time.perf_counter() - started
+        if request.divide_work > 1:
+            model.batch_windows = max(1, model.batch_windows // request.divide_work)
+            model.notes.append("ran out of memory at first; scored with half as much at once")
         evaluate.check_model(model, stream, plan)
         emit("loaded", seconds=load_seconds, device=model.device)
         stage.name = "forward"

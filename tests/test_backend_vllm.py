@@ -4,6 +4,7 @@ import logging
 import logging.config
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, Runs
+from lora_adapters import merged, write_peft
 from safetensors.numpy import load_file
 
 from evalq.backend import LoadRequest
@@ -429,6 +431,63 @@ def test_int4_agrees_with_transformers_and_nvfp4_says_what_would_run_it(real: Vl
     assert "NVFP4" in failed["error"]["message"] and "NVIDIA" in failed["error"]["remedy"]
     agree(real, ours, theirs)
     assert ours["layer_bpw"] == pytest.approx(4.25, abs=0.01)
+
+
+@engine
+def test_fp8_and_int8_run_on_a_cpu(real: VllmRuns) -> None:
+    """Their activations are quantized by kernels, and simulated by transformers: near, not equal."""
+    w8a8 = real.runs.folder / "w8a8"
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "from quantize import Recipe, quantize_checkpoint\n"
+        "quantize_checkpoint(Path(sys.argv[2]), Path(sys.argv[3]), Recipe('W8A8'))"
+    )
+    demo = str(ROOT / "demo")
+    subprocess.run([sys.executable, "-c", script, demo, real.smollm2("bf16"), w8a8], check=True)
+    int8 = {"model_dir": str(w8a8), "label": "INT8"}
+    models = real.runs.models(
+        real.model("vllm", "fp8"),
+        real.model("hf", "fp8", dtype="float32"),
+        real.model("vllm", "int8") | int8,
+        real.model("hf", "int8", dtype="float32") | int8 | {"label": "INT8 hf"},
+    )
+    code, records = real.runs.compare(real.data, models)
+    assert code == 0, [record["error"] for record in records]
+    for ours, theirs in (records[:2], records[2:]):
+        assert ours["ppl"] == pytest.approx(theirs["ppl"], rel=0.01)
+        assert np.median(np.abs(real.logprob(ours) - real.logprob(theirs))) < 0.1
+    assert "INT8" in records[2]["format"]
+
+
+@engine
+def test_an_adapter_gives_what_merging_it_gives(real: VllmRuns) -> None:
+    adapter = write_peft(real.runs.folder / "adapter", real.smollm2("bf16"))
+    lora = {"lora": {"path": str(adapter), "name": "tuned"}}
+    dense = merged(real.smollm2("bf16"), adapter, real.runs.folder / "merged")
+    int4 = merged(real.smollm2("int4"), adapter, real.runs.folder / "merged-int4")
+    models = real.runs.models(
+        real.model("vllm", "bf16", dtype="float32") | lora,
+        real.model("hf", "bf16", dtype="float32") | {"model_dir": str(dense), "label": "merged"},
+        real.model("vllm", "int4") | lora,
+        real.model("hf", "bf16", dtype="float32") | {"model_dir": str(int4), "label": "merged INT4"},
+    )
+    code, records = real.runs.compare(real.data, models)
+    assert code == 0, [record["error"] for record in records]
+    agree(real, *records[:2])
+    # vLLM's INT4 kernel for CPUs computes in bfloat16 only.
+    assert records[2]["ppl"] == pytest.approx(records[3]["ppl"], rel=0.005)
+    assert np.median(np.abs(real.logprob(records[2]) - real.logprob(records[3]))) < 0.05
+    assert records[0]["label"] == "vllm bf16 + tuned" and records[0]["lora"] == "tuned"
+
+
+@engine
+def test_an_adapter_of_too_high_rank_or_for_another_model_is_refused(real: VllmRuns) -> None:
+    high = write_peft(real.runs.folder / "high", real.smollm2("bf16"), rank=520)
+    model = real.model("vllm", "bf16")
+    models = real.runs.models(model | {"lora": {"path": str(high)}})
+    code, (record,) = real.runs.compare(real.data, models)
+    assert code == 1 and record["error"]["category"] == "bad_adapter"
+    assert "rank 520" in record["error"]["message"] and "512" in record["error"]["message"]
 
 
 def wait_for(condition: Any, process: Any, seconds: float = 300) -> None:

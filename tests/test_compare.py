@@ -174,6 +174,15 @@ def test_one_failure_leaves_the_others_untouched(runs: Runs, misbehave: str, cat
     assert failed["ppl"] is None and failed["layer_bpw"] == 16
 
 
+def test_out_of_memory_while_scoring_is_tried_once_more_with_half(runs: Runs) -> None:
+    once = {"misbehave": "oom-forward-once", "misbehave_after": 2, "batch_windows": 2}
+    same = {"batch_windows": 2}
+    code, (record, expected) = runs.compare(runs.data(), runs.models({"options": once}, {"options": same}))
+    assert code == 0 and record["ppl"] == expected["ppl"]
+    assert (record["execution"]["batch_windows"], expected["execution"]["batch_windows"]) == (1, 2)
+    assert any("half as much at once" in note for note in record["notes"])
+
+
 def test_timeout_is_a_failure_that_keeps_what_was_scored(runs: Runs) -> None:
     slow = runs.models({"options": {"seconds_per_window": 0.4, "seed": 3}})
     code, (failed,) = runs.compare(runs.data(max_rows=30), slow, more=("--timeout", "4"))

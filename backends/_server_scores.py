@@ -1,0 +1,199 @@
+"""What a server answers, and the scores in it.
+
+Two ways to ask for the log-probabilities of a prompt, both of vLLM's OpenAI-compatible server:
+
+- `prompt_logprobs`: a list with one dictionary per token, {id: {"logprob", "rank"}}, null for the first.
+- `echo` (other servers' way): the prompt comes back before what is generated, `logprobs.token_logprobs[i]`
+  for token i, null for the first. Tokens come as "token_id:N", or there is no telling what was scored.
+
+-inf arrives as -9999.0, because JSON has no infinity.
+
+Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server/
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+from evalq.backends._server_client import NotOffered
+from evalq.backends._vllm_scores import LN_HALF, RowScores
+from evalq.errors import ModelError
+from evalq.storage.problems import clipped
+
+Ids = NDArray[np.int64]
+MINUS_INFINITY = -9999.0
+# A log-probability above zero by more than rounding is none.
+ROUNDING = 1e-3
+
+
+class Version(BaseModel):
+    """GET /version of vLLM."""
+
+    version: str
+
+
+class ModelCard(BaseModel):
+    """One model of GET /v1/models; the last three are vLLM's."""
+
+    id: str
+    owned_by: str = ""
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class ModelList(BaseModel):
+    """GET /v1/models."""
+
+    data: list[ModelCard]
+
+
+class Entry(BaseModel):
+    """A token of `prompt_logprobs`."""
+
+    logprob: float
+    rank: int | None = None
+
+
+class Echoed(BaseModel):
+    """`logprobs` of a choice."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class Choice(BaseModel):
+    """One of `choices`."""
+
+    prompt_logprobs: list[dict[int, Entry] | None] | None = None
+    prompt_token_ids: list[int] | None = None
+    logprobs: Echoed | None = None
+
+
+class Answer(BaseModel):
+    """POST /v1/completions."""
+
+    model: str
+    choices: list[Choice]
+    system_fingerprint: str | None = None
+
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+def parsed(kind: type[_M], content: bytes, url: str) -> _M:
+    """An answer as what it should be. Raises NotOffered with the first place where it is not."""
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = clipped(".".join(str(part) for part in first["loc"]))
+        message = f"{url} answers something else than expected: {place}{': ' if place else ''}{first['msg']}"
+        raise NotOffered(message, "engine_error") from None
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to ask for a prompt's log-probabilities.
+
+    Args:
+        name: of the parameter that asks for them.
+        asks: what the request holds beside model and prompt.
+        read: scores of a choice for a window's ids, from a position on.
+    """
+
+    name: str
+    asks: dict[str, Any]
+    read: Callable[[Choice, Ids, int], RowScores]
+
+
+def from_prompt_logprobs(choice: Choice, ids_T: Ids, start: int) -> RowScores:
+    """Scores of ids_T[start+1:]. Raises NotOffered (there are none), ModelError (not of these tokens)."""
+    found = choice.prompt_logprobs
+    if found is None:
+        raise NotOffered('no "prompt_logprobs" in the answer', "engine_error")
+    _check_count(len(found), len(ids_T))
+    entries: list[Entry] = []
+    for at in range(1, len(ids_T)):
+        element, token = found[at], int(ids_T[at])
+        if not element:
+            raise _missing(at)
+        if token not in element:
+            raise _other_token(str(next(iter(element))), token, at)
+        entries.append(element[token])
+    top1 = [entry.rank == 1 for entry in entries]
+    return _checked([entry.logprob for entry in entries], top1, ids_T, start)
+
+
+def from_echo(choice: Choice, ids_T: Ids, start: int) -> RowScores:
+    """Scores of ids_T[start+1:]. Raises NotOffered (there are none), ModelError (not of these tokens).
+
+    Where the server does not add the most probable token, top-1 is known above one half only.
+    """
+    found = choice.logprobs
+    if found is None:
+        raise NotOffered('no "logprobs" in the answer', "engine_error")
+    if not found.tokens or not found.tokens[0].startswith("token_id:"):
+        raise NotOffered(
+            "tokens without their ids (return_tokens_as_token_ids) cannot be checked", "engine_error"
+        )
+    _check_count(min(len(found.tokens), len(found.token_logprobs), len(ids_T)), len(ids_T))
+    logprobs: list[float] = []
+    top1: list[bool] = []
+    for at in range(1, len(ids_T)):
+        token, value = int(ids_T[at]), found.token_logprobs[at]
+        if found.tokens[at] != f"token_id:{token}":
+            raise _other_token(found.tokens[at], token, at)
+        if value is None:
+            raise _missing(at)
+        best = found.top_logprobs[at] if found.top_logprobs and at < len(found.top_logprobs) else None
+        logprobs.append(value)
+        top1.append(value >= max(best.values()) if best else value > LN_HALF)
+    return _checked(logprobs, top1, ids_T, start)
+
+
+WAYS = (
+    Way(
+        "prompt_logprobs",
+        {"max_tokens": 1, "prompt_logprobs": 0, "return_token_ids": True},
+        from_prompt_logprobs,
+    ),
+    Way(
+        "echo",
+        {"max_tokens": 0, "echo": True, "logprobs": 1, "return_tokens_as_token_ids": True},
+        from_echo,
+    ),
+)
+
+
+def _check_count(n_found: int, n_tokens: int) -> None:
+    if n_found != n_tokens:
+        raise ModelError(f"the server returned {n_found} log-probabilities, not {n_tokens}", "engine_error")
+
+
+def _missing(at: int) -> ModelError:
+    return ModelError(f"the server returned no log-probability for position {at}", "engine_error")
+
+
+def _other_token(found: str, token: int, at: int) -> ModelError:
+    message = f"the server scored token {clipped(found)} where the window has {token} (position {at})"
+    return ModelError(message, "engine_error")
+
+
+def _checked(logprobs: list[float], top1: list[bool], ids_T: Ids, start: int) -> RowScores:
+    """The targets' scores, once all of the window's are log-probabilities."""
+    values = np.asarray(logprobs, np.float64)
+    wrong = np.flatnonzero(~((values > MINUS_INFINITY) & (values <= ROUNDING)))
+    if len(wrong):
+        at = int(wrong[0]) + 1
+        value = logprobs[at - 1]
+        where = f"the server gives token {int(ids_T[at])} at position {at} the log-probability {value}"
+        if value > 0:
+            raise ModelError(where, "engine_error", "vLLM has to run with --logprobs-mode raw_logprobs")
+        raise ModelError(f"{where}, which stands for -inf or NaN", "non_finite")
+    return RowScores(values[start:].astype(np.float32), np.asarray(top1, bool)[start:])

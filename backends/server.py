@@ -1,0 +1,147 @@
+"""A running server: `vllm serve`, or any other with its way of scoring prompts.
+
+Every window is a request of its own, a bounded number of them at the server at once; the server makes its
+batches from what is there. Windows come back in order. The numbers are the server's: its hardware, data type
+and settings, which is why its version and the fingerprint of its configuration are part of a result's
+identity. What it loaded cannot be seen from outside, so `model_dir` is what the user says it serves.
+
+Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server/
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Event
+from typing import Any
+
+import numpy as np
+
+from evalq.backend import Batch, Ids, LoadedModel, LoadRequest, TokenScores
+from evalq.backends._server_client import Client
+from evalq.backends._server_contact import Served, find_served, score, serves_elsewhere
+from evalq.backends._server_options import OPTIONS, read_settings
+from evalq.backends._vllm_scores import RowScores
+from evalq.checkpoint import Checkpoint, open_checkpoint
+from evalq.errors import ModelError
+from evalq.registry import backend, tokenizer_backend
+
+# The client; the engine's own version comes from remote_versions().
+DISTRIBUTIONS = ("httpx2",)
+INSTALL = 'pip install "evalq[server]"'
+
+__all__ = [
+    "DISTRIBUTIONS",
+    "INSTALL",
+    "OPTIONS",
+    "close",
+    "forward",
+    "forward_many",
+    "load",
+    "remote_versions",
+]
+
+
+@dataclass(frozen=True)
+class _Handle:
+    """A server and the model it scores with."""
+
+    client: Client
+    served: Served
+
+
+def remote_versions(options: dict[str, Any]) -> dict[str, str]:
+    """What the numbers depend on at the server, the engine first. Raises ModelError."""
+    client = Client(read_settings(options))
+    try:
+        versions: dict[str, str] = find_served(client).versions
+    finally:
+        client.close()
+    return versions
+
+
+def load(request: LoadRequest) -> LoadedModel:
+    """Find the model at the server, and whether it can score windows of this length. Raises ModelError."""
+    if request.overlay is not None:
+        raise ModelError("a second model_dir is for EXL3 only", "bad_option")
+    checkpoint = open_checkpoint(request.path)
+    client = Client(read_settings(request.options))
+    try:
+        served = _checked(client, request)
+    except ModelError:
+        client.close()
+        raise
+    notes = list(served.notes)
+    root = served.card.root
+    if root is not None and serves_elsewhere(root, request.path):
+        notes.append(f'the server says that it serves "{root}"; the bits are those of {request.path.name}')
+    return LoadedModel(
+        handle=_Handle(client, served),
+        vocab_size=checkpoint.vocab_size or request.token_ids_max + 1,
+        max_positions=None,
+        device=f"server {client.settings.host}",
+        dtype="the server's",
+        tokenize=_tokenize_fn(checkpoint, request.trust_remote_code),
+        peak_memory_bytes=lambda: 0,  # what it takes there is not known here
+        versions=served.versions,
+        notes=notes,
+    )
+
+
+def _checked(client: Client, request: LoadRequest) -> Served:
+    """The served model, if its windows are long enough."""
+    served = find_served(client)
+    longest, needed = served.card.max_model_len, request.window_tokens + 1
+    if longest is not None and needed > longest:
+        raise ModelError(
+            f"a window has {request.window_tokens} tokens, the server's max_model_len is {longest}",
+            "window_too_long",
+            f"start the server with --max-model-len {needed} or more, or lower eval_len in the data spec",
+        )
+    return served
+
+
+def forward(model: LoadedModel, ids_BT: Ids, start: int) -> TokenScores:
+    """Score ids_BT[:, start+1:]."""
+    return next(forward_many(model, [Batch(ids_BT, start)]))
+
+
+def forward_many(model: LoadedModel, batches: Iterable[Batch]) -> Iterator[TokenScores]:
+    """Score batches in order, each as soon as it and those before it are done.
+
+    Raises:
+        ModelError: a window could not be scored, or its answer is not one for it.
+    """
+    client, served = model.handle.client, model.handle.served
+    in_flight = client.settings.max_in_flight
+    left, stop = iter(batches), Event()
+    waiting: deque[list[Future[RowScores]]] = deque()
+    pool = ThreadPoolExecutor(in_flight, "evalq-server")
+    try:
+        while True:
+            # As many again as are in flight, so that a slow one at the front does not leave the server idle.
+            while sum(map(len, waiting)) < 2 * in_flight and (batch := next(left, None)) is not None:
+                rows = [(client, served, ids_T, batch.start, stop) for ids_T in batch.ids_BT]
+                waiting.append([pool.submit(score, *row) for row in rows])
+            if not waiting:
+                return
+            scores = [future.result() for future in waiting.popleft()]
+            yield TokenScores(np.stack([s.logprob for s in scores]), np.stack([s.top1 for s in scores]))
+    finally:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def close(model: LoadedModel) -> None:
+    """End the connections; the server goes on."""
+    model.handle.client.close()
+    model.handle = None
+
+
+def _tokenize_fn(checkpoint: Checkpoint, trust_remote_code: bool) -> Callable[[str], list[int]] | None:
+    """The tokenizer of the checkpoint that the server is said to serve, None when it has none."""
+    if checkpoint.kind == "safetensors" and not checkpoint.tokenizer_files:
+        return None
+    module = backend(tokenizer_backend("auto", checkpoint.path))
+    tokenizer = module.load_tokenizer(checkpoint.path, trust_remote_code)  # type: ignore[attr-defined]
+    return lambda text: list(tokenizer.encode(text, False))
