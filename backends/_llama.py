@@ -179,12 +179,6 @@ def open_model(path: Path, params: Any) -> Any:
 
 def open_adapter(model: Any, adapter: Adapter) -> Any:
     """A llama_adapter_lora pointer, freed with the model. Raises ModelError."""
-    if adapter.kind != "gguf":
-        raise ModelError(
-            f"{adapter.path} is a PEFT adapter; llama.cpp wants a GGUF one",
-            "bad_adapter",
-            "convert it with llama.cpp's convert_lora_to_gguf.py and name the file",
-        )
     LOG.clear()
     pointer = engine().llama_adapter_lora_init(model, str(adapter.path).encode())
     if not pointer:

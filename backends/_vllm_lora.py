@@ -35,10 +35,6 @@ def check_adapter(adapter: Adapter, version: str) -> None:
     """Raise ModelError (bad_adapter) for what the installed vLLM would not apply as it was trained."""
     from vllm.lora.peft_helper import PEFTHelper
 
-    if adapter.kind != "peft":
-        raise ModelError(
-            f"{adapter.path.name} is an adapter for llama.cpp", "bad_adapter", "name PEFT's directory"
-        )
     # Versions without this method scale every module by the adapter's default rank and alpha.
     patterns = {"rank_pattern", "alpha_pattern"}.intersection(adapter.features)
     if patterns and not hasattr(PEFTHelper, "get_rank_and_scaling"):

@@ -11,9 +11,12 @@ from evalq.backend import LoadRequest, Option
 from evalq.backends._vllm_lora import lora_arguments
 from evalq.errors import ModelError
 
-# Tokens per step. vLLM's first model runner makes the logits of a whole step at once and does not count
-# them when it divides the GPU's memory, so more would buy little speed and risk running out of memory.
+# Tokens per step: more are faster on a large GPU (3.4 times from 2048 to 16384 with a small model on an
+# H200), but vLLM's first model runner makes the logits of a whole step at once and does not count them when
+# it divides the GPU's memory. They get up to this share of it.
 STEP_TOKENS = 2048
+STEP_TOKENS_MAX = 16384
+LOGITS_SHARE = 0.1
 # Per token of a step and entry of the vocabulary: bf16 logits, float32 log-probabilities, a comparison.
 LOGPROB_BYTES = 8
 UTILIZATION_MAX = 0.9
@@ -40,7 +43,9 @@ OPTIONS = {
         (str,), "attention kernel, FLASH_ATTN, FLASHINFER, ... (default: vLLM's choice)", numeric=True
     ),
     "max_model_len": Option((int,), "longest sequence (default: one more than the longest window)"),
-    "max_num_batched_tokens": Option((int,), "tokens per step (default: whole windows, up to 2048)"),
+    "max_num_batched_tokens": Option(
+        (int,), "tokens per step (default: whole windows, up to 2048; up to 16384 on a large GPU)"
+    ),
     "max_num_seqs": Option((int,), "windows per step (default: as many as fit into max_num_batched_tokens)"),
     "gpu_memory_utilization": Option(
         (int, float), "share of each GPU that vLLM takes (default 0.9, less where the logits need room)"
@@ -107,7 +112,7 @@ def engine_arguments(
             raise ModelError(f"vLLM {version} has no option {name}", "bad_option", "remove it")
     tokens = request.window_tokens
     asked_tokens = options.pop("max_num_batched_tokens", None)
-    step_tokens = (asked_tokens or STEP_TOKENS) // request.divide_work
+    step_tokens = (asked_tokens or step_tokens_for(hardware, vocab_size)) // request.divide_work
     fitting = max(1, step_tokens // tokens)
     arguments: dict[str, Any] = {
         "model": str(request.path),
@@ -126,7 +131,7 @@ def engine_arguments(
         "seed": 0,
     }
     if not hardware.is_cpu:
-        arguments["gpu_memory_utilization"] = _utilization(hardware.memory_bytes, vocab_size)
+        arguments["gpu_memory_utilization"] = utilization_for(hardware.memory_bytes, vocab_size, step_tokens)
         if "kv_cache_gib" in request.options:
             arguments["kv_cache_memory_bytes"] = request.options["kv_cache_gib"] * GIB
     if request.adapter is not None:
@@ -138,9 +143,20 @@ def engine_arguments(
     return {name: value for name, value in arguments.items() if name in known}
 
 
-def _utilization(memory_bytes: int, vocab_size: int) -> float:
+def step_tokens_for(hardware: Hardware, vocab_size: int) -> int:
+    """A power of two times 2048 whose logits take no more than LOGITS_SHARE of a GPU; 2048 on a CPU."""
+    tokens = STEP_TOKENS
+    fitting = (
+        0 if hardware.is_cpu else LOGITS_SHARE * hardware.memory_bytes / max(1, vocab_size * LOGPROB_BYTES)
+    )
+    while 2 * tokens <= min(fitting, STEP_TOKENS_MAX):
+        tokens *= 2
+    return tokens
+
+
+def utilization_for(memory_bytes: int, vocab_size: int, step_tokens: int) -> float:
     """0.9, or less where the rest of the GPU would not hold a step's log-probabilities."""
-    needed = STEP_TOKENS * vocab_size * LOGPROB_BYTES
+    needed = step_tokens * vocab_size * LOGPROB_BYTES
     return round(min(UTILIZATION_MAX, max(0.5, 0.97 - needed / memory_bytes)), 3)
 
 

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from evalq.adapter import Adapter
 from evalq.backend import Batch, Ids, LoadedModel, LoadRequest, Option, TokenScores
 from evalq.backends._exl3_run import CHUNK_ROWS_MIN, INPUT_TOKENS_MIN, MIB, Handle, resident, streamed
 from evalq.backends._exl3_tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -23,6 +24,7 @@ from evalq.errors import ModelError
 __all__ = [
     "DISTRIBUTIONS",
     "INSTALL",
+    "LORA_FEATURES",
     "OPTIONS",
     "close",
     "forward",
@@ -33,6 +35,8 @@ __all__ = [
 
 DISTRIBUTIONS = ("exllamav3", "torch")
 INSTALL = "pip install exllamav3"
+# It skips tensors that it does not know, and scales every module by the adapter's default rank and alpha.
+LORA_FEATURES = frozenset({"rslora"})
 OPTIONS = {
     "device": Option((str,), "cuda:N (default cuda:0); not together with gpu_split"),
     "gpu_split": Option((list,), "GiB to use of each GPU, [20, 24]: layers are spread over them in order"),
@@ -82,6 +86,8 @@ def load(request: LoadRequest) -> LoadedModel:
             model.load(
                 use_per_device=split, max_chunk_size=batch_windows * inputs, max_output_size=chunk_rows
             )
+    if request.adapter is not None:
+        _apply_adapter(model, request.adapter)
     head = model.modules[-1]
     model.fwd_modules = [entry for entry in model.fwd_modules if entry[0] is not head]
     notes = ["streamed: one module on the GPU at a time"] if streaming else []
@@ -152,6 +158,8 @@ def _check(request: LoadRequest) -> None:
             f'use a machine with an NVIDIA GPU and a CUDA build of torch; there: "{INSTALL}"',
         )
     _check_options(request.options)
+    if request.adapter is not None and request.options.get("streaming"):
+        raise ModelError("streaming drops adapters with their modules", "bad_adapter", "remove streaming")
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -190,6 +198,22 @@ def _model(request: LoadRequest) -> Any:
             f"exllamav3 builds {config.architecture} without a head at its end", "unsupported_format"
         )
     return model
+
+
+def _apply_adapter(model: Any, adapter: Adapter) -> None:
+    """Put an adapter on a loaded model. Raises ModelError unless every module of it found its place."""
+    from exllamav3.model.lora import LoRA
+
+    lora = LoRA.from_directory(model, str(adapter.path))
+    placed = [
+        m for m in lora.target_modules.values() if lora in m.lora_a_tensors and lora in m.lora_b_tensors
+    ]
+    if len(placed) != len(adapter.shapes):
+        raise ModelError(
+            f"exllamav3 places {len(placed)} of the {len(adapter.shapes)} modules of adapter {adapter.name}",
+            "bad_adapter",
+            'merge it into the base before the conversion ("evalq merge-lora")',
+        )
 
 
 def _small_workspace(model: Any) -> None:

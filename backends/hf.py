@@ -20,6 +20,8 @@ import numpy as np
 
 from evalq.adapter import FEATURES, Adapter
 from evalq.backend import Ids, LoadedModel, LoadRequest, Option, TokenScores
+from evalq.backends._hf_predict import GPU_BATCH_TOKENS, HEAD_CHUNK_MIB
+from evalq.backends._hf_predict import predict as predict
 from evalq.errors import ModelError
 
 DISTRIBUTIONS = ("transformers", "torch", "compressed-tensors")
@@ -47,9 +49,6 @@ OPTIONS = {
     "head_chunk_mib": Option((int,), "most MiB of logits at once (default 96)"),
     "threads": Option((int,), "CPU threads (default: torch's, one per core)"),
 }
-GPU_BATCH_TOKENS = 8192
-# Large enough that a matrix product is not slowed down, far below the [T, V] of any real vocabulary.
-HEAD_CHUNK_MIB = 96
 MIB = 2**20
 
 
@@ -228,10 +227,6 @@ def _from_pretrained(request: LoadRequest, device: str) -> Any:
 
 def _with_adapter(model: Any, adapter: Adapter) -> Any:
     """The model with a PEFT adapter in its layers. Raises ModelError: no PEFT, or it does not go on."""
-    if adapter.kind != "peft":
-        raise ModelError(
-            f"{adapter.path.name} is an adapter for llama.cpp", "bad_adapter", "name PEFT's directory"
-        )
     try:
         from peft import PeftModel
     except ImportError as error:

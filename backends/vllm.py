@@ -35,6 +35,7 @@ from evalq.backends._vllm_engine import (
 from evalq.backends._vllm_lora import check_adapter, lora_request
 from evalq.backends._vllm_memory import peak_bytes, used_memory
 from evalq.backends._vllm_options import OPTIONS, Hardware, cpu_kv_gib, engine_arguments
+from evalq.backends._vllm_predict import predict
 from evalq.backends._vllm_scores import RowScores, from_prompt_logprobs, from_token_id_logprobs
 from evalq.errors import ModelError
 
@@ -47,7 +48,17 @@ LORA_FEATURES = frozenset({"rslora", "rank_pattern", "alpha_pattern"})
 IN_FLIGHT = 64
 LOWER_BOUND_NOTE = "top-1 is a lower bound: vLLM gives no ranks where it skips the head of unscored positions"
 
-__all__ = ["DISTRIBUTIONS", "INSTALL", "LORA_FEATURES", "OPTIONS", "close", "forward", "forward_many", "load"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "INSTALL",
+    "LORA_FEATURES",
+    "OPTIONS",
+    "close",
+    "forward",
+    "forward_many",
+    "load",
+    "predict",
+]
 
 
 @dataclass

@@ -104,29 +104,32 @@ def require_features(adapter: Adapter, known: Collection[str], engine: str) -> N
             )
 
 
-def require_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, int]]) -> None:
+def require_fits(adapter: Adapter, base_shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check an adapter against the linear layers of a base model.
 
     Args:
         adapter: whose modules must all be there.
-        base_shapes: module -> (out, in) of every linear layer of the base.
+        base_shapes: module -> (out, in) of the base's layers; one of other dimensions is not compared.
 
     Raises:
         ModelError: bad_adapter, naming the first module that is missing or of another shape (shows both).
     """
-    by_layer = {_in_layer(name): shape for name, shape in base_shapes.items()}
+    by_layer: dict[str, list[tuple[int, ...]]] = {}
+    for name, sides in base_shapes.items():
+        by_layer.setdefault(_in_layer(name), []).append(sides)
     for module, shape in adapter.shapes.items():
-        found = base_shapes.get(module) or by_layer.get(_in_layer(module))
-        if found is None:
+        # A vision tower may have layers of the same names: one that fits is enough.
+        found = [base_shapes[module]] if module in base_shapes else by_layer.get(_in_layer(module), [])
+        if not found:
             raise ModelError(
                 f"adapter {adapter.name} is for another model: the base has no {clipped(module)}",
                 "bad_adapter",
             )
         # Conv1D layers (GPT-2) keep their weight as [in, out].
-        if found not in (shape, shape[::-1]):
+        if all(len(sides) == 2 and sides not in (shape, shape[::-1]) for sides in found):
             raise ModelError(
                 f"adapter {adapter.name} is for another model: {clipped(module)} is "
-                f"{list(found)} in the base, {list(shape)} in the adapter (out, in)",
+                f"{list(found[0])} in the base, {list(shape)} in the adapter (out, in)",
                 "bad_adapter",
             )
 

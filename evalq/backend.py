@@ -13,6 +13,7 @@ and, where they apply, more functions:
 
     forward_many(model, batches) -> Iterator[TokenScores]    all batches in one submission, in their order
     load_tokenizer(path, trust_remote_code) -> Tokenizer     for data specs whose tokenizer_dir it can read
+    predict(request, machine) -> Prediction | None           memory, before the engine starts
     remote_versions(options) -> dict[str, str]               of an engine that runs elsewhere, itself first
 
 A backend that applies LoRA adapters says which features of `evalq.adapter` it gets right beyond plain LoRA:
@@ -86,6 +87,36 @@ class LoadRequest:
     token_ids_max: int = 0
     adapter: Adapter | None = None
     divide_work: int = 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a model would run.
+
+    Args:
+        gpus: (name, total GiB) of each, as nvidia-smi says.
+        ram_gib: total.
+        versions: of the engine's distributions.
+    """
+
+    gpus: tuple[tuple[str, float], ...]
+    ram_gib: float
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model would need.
+
+    Args:
+        verdict: the outcome with its figures in one line.
+        category: of the failure that is certain, None where it fits or may fit.
+        memory: as in LoadedModel.memory.
+    """
+
+    verdict: str
+    category: str | None
+    memory: dict[str, float]
 
 
 @dataclass

@@ -22,7 +22,7 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 # What architectures call the longest input; the first that is there wins.
-_POSITION_KEYS = (
+POSITION_KEYS = (
     "max_position_embeddings",
     "n_positions",
     "max_sequence_length",
@@ -105,7 +105,7 @@ def _open_directory(directory: Path) -> Checkpoint:
         tokenizer_files=_existing(directory, _TOKENIZER_FILES),
         config=config,
         needs_remote_code=remote,
-        max_positions=next((n for n in _settings(config, _POSITION_KEYS) if n), None),
+        max_positions=next((n for n in _settings(config, POSITION_KEYS) if n), None),
         vocab_size=next((n for n in _settings(config, ("vocab_size",)) if n), None),
     )
 

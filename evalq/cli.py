@@ -1,6 +1,7 @@
 """The command line. Everything heavy is imported by the command that needs it, so that --help is instant."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,16 @@ examples:
 
 A spec without a path that is not in this folder is looked up among the shipped ones (evalq/specs).
 exit code: 0 all scored, 1 some model failed, 2 bad usage or spec, 130 interrupted"""
+
+
+# Commands with a module of their own: DESCRIPTION, add_arguments, run, and EXAMPLES where there are some.
+COMMAND_MODULES = {
+    "inspect": ("what is inside a checkpoint", "evalq.inspect.command"),
+    "plan": ("will it fit on a GPU with vLLM", "evalq.memory.plan_command"),
+    "memory": ("what vLLM's logs say about memory", "evalq.memory.command"),
+    "dequantize": ("plain weights out of packed ones", "evalq.convert.dequantize_command"),
+    "merge-lora": ("an adapter merged into its base", "evalq.convert.merge_command"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             allow_abbrev=False,
         )
         _ADD_ARGUMENTS[name](sub)
-    return _dispatch(parser.parse_args(argv))
+    given = list(sys.argv[1:] if argv is None else argv)
+    for name, (text, module_name) in COMMAND_MODULES.items():
+        if name not in given[:1]:
+            commands.add_parser(name, help=text)  # listed; its module is imported when it is asked for
+            continue
+        module = importlib.import_module(module_name)
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=module.DESCRIPTION,
+            epilog=getattr(module, "EXAMPLES", None),
+            formatter_class=RawDescriptionRichHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return _dispatch(parser.parse_args(given))
 
 
 def compare_main(argv: Sequence[str] | None = None) -> int:
@@ -107,6 +134,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--markdown", nargs="?", const="-", metavar="FILE", help="a table for a README (default: -)"
     )
+    out.add_argument("--memory", action="store_true", help="a second table: where each model's memory went")
     out.add_argument(
         "-q", "--quiet", action="store_true", help="no progress, no table; failures on standard error"
     )
@@ -116,6 +144,9 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
         "-cc", "--clear_cache", action="store_true", help="score the named models on this data anew"
     )
     how.add_argument("--timeout", type=_seconds, metavar="S", help="give a model up after S seconds")
+    how.add_argument(
+        "--try-anyway", action="store_true", help="start engines that are predicted to run out of memory too"
+    )
     how.add_argument("--offline", action="store_true", help="never use the network")
 
 
@@ -164,12 +195,13 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     from evalq.errors import EvalqError
 
     try:
-        return {
+        run = {
             "compare": commands.compare,
             "results": commands.results,
             "backends": commands.backends,
             "env": commands.env,
-        }[arguments.command](arguments)
+        }.get(arguments.command)
+        return int((run or arguments.run)(arguments))
     except EvalqError as error:
         print(f"evalq: {error}", file=sys.stderr)
         return 2

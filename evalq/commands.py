@@ -16,7 +16,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from evalq import table
-from evalq.compare import RunSettings
 from evalq.compare import compare as run_comparison
 from evalq.environment import environment
 from evalq.errors import ModelError, SpecError
@@ -24,6 +23,7 @@ from evalq.progress import ConsoleReporter
 from evalq.record import ResultRecord
 from evalq.registry import ALIASES, backend, backend_names, versions
 from evalq.report import with_reference
+from evalq.runner import RunSettings
 from evalq.spec import DataSpec, ModelSpec, find_spec, find_specs, load_data_spec, load_model_specs
 from evalq.store import ResultDir, Store, default_root, read_json, write_atomic
 from evalq.windows import protocol_named
@@ -38,10 +38,12 @@ def compare(arguments: argparse.Namespace) -> int:
         os.environ["HF_HUB_OFFLINE"] = "1"
     store = Store(arguments.store or default_root())
     errors = Console(stderr=True)
-    settings = RunSettings(arguments.offline, arguments.timeout, arguments.clear_cache)
+    settings = RunSettings(arguments.offline, arguments.timeout, arguments.clear_cache, arguments.try_anyway)
     with ConsoleReporter(errors, len(specs), arguments.quiet) as reporter:
         records = run_comparison(data, specs, store, settings, reporter)
     _write(arguments, records, errors)
+    if arguments.memory:
+        _print_memory(records, errors)
     if arguments.plot or arguments.plot_file or arguments.show:
         _plot(arguments, records, errors)
     return 0 if all(record.status == "ok" for record in records) else 1
@@ -111,6 +113,13 @@ def _write(arguments: argparse.Namespace, records: Sequence[ResultRecord], error
             if record.error:
                 message = f"evalq: {record.label}: {record.error.message} ({record.error.remedy})"
                 print(message, file=sys.stderr)
+
+
+def _print_memory(records: Sequence[ResultRecord], errors: Console) -> None:
+    from evalq.memory.output import print_runs
+    from evalq.memory.reader import runs_from_records
+
+    print_runs(runs_from_records(records), errors)
 
 
 def _output() -> Console:

@@ -35,7 +35,10 @@ CATEGORIES: dict[str, Category] = {
     "max_len_too_large": Category(
         "the KV cache does not hold one sequence", "lower max_model_len to the length the message names"
     ),
-    "gpu_busy": Category("other processes hold the GPU", "end them (nvidia-smi lists them) and run again"),
+    "gpu_busy": Category(
+        "other processes hold the memory",
+        "end them (nvidia-smi lists those of a GPU), or lower gpu_memory_utilization to what is free",
+    ),
     "offload_unsupported": Category(
         "this model cannot be offloaded to the CPU", "remove cpu_offload_gb from the options"
     ),
@@ -85,14 +88,30 @@ CATEGORIES: dict[str, Category] = {
     "engine_error": Category("the engine raised an error", "see the message; it is the engine's own"),
 }
 
-_OOM = r"torch\.(cuda\.)?OutOfMemoryError|CUDA out of memory|CUDA error: out of memory|DefaultCPUAllocator"
-_OOM += r"|not enough memory|MemoryError|Unable to allocate|failed to allocate|cudaMalloc failed"
+_OOM = r"torch\.(cuda\.)?OutOfMemoryError|CUDA out of memory|CUDA (driver )?error: out of memory"
+_OOM += r"|DefaultCPUAllocator|not enough memory|MemoryError|Unable to allocate|failed to allocate"
+_OOM += r"|cudaMalloc failed"
 _PATTERNS: tuple[tuple[str, str], ...] = (
-    (r"No available memory for the cache blocks", "no_kv_memory"),
-    (r"To serve at least one request with the model's max seq len", "max_len_too_large"),
-    (r"Free memory on device .* is less than desired GPU memory utilization", "gpu_busy"),
+    (
+        r"No available memory for the cache blocks|leaving none for the KV cache"
+        r"|on kv cache allocation is less than requested memory for kv",
+        "no_kv_memory",
+    ),
+    (
+        r"To serve at least one request with the models?'s max seq len"
+        r"|The model's max seq len \(\d+\) is larger than",
+        "max_len_too_large",
+    ),
+    (
+        r"(Free memory on device|Available memory on node) .* is less than desired [CG]PU memory utilization",
+        "gpu_busy",
+    ),
+    (r"must be divisible by tensor parallel size|is greater than the derived max_model_len", "bad_option"),
     (r"Cannot re-initialize the input batch when CPU weight offloading is enabled", "offload_unsupported"),
-    (r"No CUDA GPUs are available|Torch not compiled with CUDA enabled", "no_gpu"),
+    (
+        r"No CUDA GPUs are available|Torch not compiled with CUDA enabled|Failed to infer device type",
+        "no_gpu",
+    ),
     (r"Failed to load model - not enough GPU memory", "oom_load"),
     (_OOM, "oom"),
     (r"trust_remote_code=True|contains custom code", "remote_code"),
@@ -103,7 +122,6 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
         "engine_missing",
     ),
     (r"does not recognize this architecture|Unknown quantization type|not supported", "unsupported_format"),
-    (r"not implemented for '(Float|Half|BFloat16)'", "unsupported_format"),
 )
 
 

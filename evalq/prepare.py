@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from evalq.adapter import Adapter, read_adapter, require_features
+from evalq.adapter import Adapter, read_adapter, require_features, require_fits
 from evalq.checkpoint import Checkpoint, open_checkpoint
 from evalq.config import python_for
 from evalq.errors import ModelError
 from evalq.fingerprint import fingerprint
+from evalq.inspect.consistency import check_source
+from evalq.inspect.source import Source, open_local
 from evalq.locate import ModelFiles, locate, locate_adapter
 from evalq.registry import Engine, backend, resolve_engine, versions
 from evalq.spec import LoraSpec, ModelSpec
-from evalq.storage import StorageReport, measure_storage
+from evalq.storage import StorageReport
 from evalq.store import Store
 
 
@@ -58,8 +60,10 @@ def prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared:
     found = _installed_versions(engine, python)
     files = locate(spec, offline)
     checkpoint = open_checkpoint(files.path)
-    storage = measure_storage(files.path)
-    adapter = None if spec.lora is None else _adapter(spec, spec.lora, engine, files.path, offline)
+    source = open_local(files.path)
+    storage = source.storage
+    _require_sound(source)
+    adapter = None if spec.lora is None else _adapter(spec, spec.lora, engine, source, offline)
     print_ = fingerprint(checkpoint.files, store.root / "digests.json")
     overlay = None
     if files.overlay is not None:
@@ -82,7 +86,16 @@ def prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared:
     return Prepared(spec, engine, python, found, files, checkpoint, storage, identity, adapter)
 
 
-def _adapter(spec: ModelSpec, lora: LoraSpec, engine: Engine, base: Path, offline: bool) -> Adapter:
+def _require_sound(source: Source) -> None:
+    """Raise ModelError (model_corrupt) for files that contradict themselves or their config.json."""
+    for finding in check_source(source):
+        if finding.severity == "error":
+            raise ModelError(
+                f"{source.name}: {finding}", "model_corrupt", "evalq inspect shows all that is wrong with it"
+            )
+
+
+def _adapter(spec: ModelSpec, lora: LoraSpec, engine: Engine, base: Source, offline: bool) -> Adapter:
     """The adapter of a spec. Raises ModelError unless it goes on this engine and this base."""
     if engine.lora_features is None:
         raise ModelError(
@@ -91,7 +104,16 @@ def _adapter(spec: ModelSpec, lora: LoraSpec, engine: Engine, base: Path, offlin
             "merge it: evalq merge-lora",
         )
     adapter = read_adapter(locate_adapter(spec, lora, offline), lora.plain_name)
+    if (adapter.kind == "gguf") != bool(base.gguf):
+        raise ModelError(
+            f"{adapter.path} is an adapter for {'llama.cpp' if adapter.kind == 'gguf' else 'PEFT'}",
+            "bad_adapter",
+            "convert it with llama.cpp's convert_lora_to_gguf.py and name the file"
+            if base.gguf
+            else "name PEFT's directory",
+        )
     require_features(adapter, engine.lora_features, engine.load)
+    require_fits(adapter, base.linear_shapes)
     return adapter
 
 

@@ -9,7 +9,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from evalq.record import ResultRecord
 from evalq.runner import Event
-from evalq.table import shown_ppl
 
 PLAIN_EVERY_SECONDS = 15.0
 
@@ -87,7 +86,7 @@ class ConsoleReporter:
             self._say(self._name(f"failed: {record.error.message}"))
         else:
             how = "  (stored)" if cached else f"  {record.tokens_per_second or 0:,.0f} tok/s"
-            self._say(self._name(f"PPL {shown_ppl(record):.4f}{how}"))
+            self._say(self._name(f"PPL {record.headline_ppl:.4f}{how}"))
 
     def _name(self, what: str) -> str:
         return f"[{self._number}/{self._models}] {self._label}: {what}"

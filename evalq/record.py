@@ -6,6 +6,7 @@ host), which is recorded but changes nothing by design. `comparison` is the part
 records must share before their perplexities may stand in one table or chart.
 """
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -84,6 +85,44 @@ class ResultRecord(_Frozen):
     identity: dict[str, Any] = Field(description="everything the perplexity depends on")
     execution: dict[str, Any] = Field(default_factory=dict, description="how the work was carried out")
     key: str | None = Field(default=None, description="where the store keeps it")
+
+    @property
+    def unit(self) -> str:
+        """What the headline perplexity is per: "token", or "word" where the protocol defines it that way."""
+        return str(self.comparison.get("unit", "token"))
+
+    @property
+    def headline_ppl(self) -> float | None:
+        """The perplexity that the protocol's own tool would print."""
+        return self.word_ppl if self.unit == "word" else self.ppl
+
+    @property
+    def headline_stderr(self) -> float | None:
+        """Standard error of headline_ppl, to first order; None where it is not a finite number above 0."""
+        ppl, per_unit = self.headline_ppl, self._tokens_per_unit
+        if not ppl or not self.ppl or not self.ppl_stderr or not per_unit:
+            return None
+        error = ppl * per_unit * self.ppl_stderr / self.ppl
+        return error if math.isfinite(error) else None
+
+    @property
+    def headline_ratio(self) -> tuple[float, float | None] | None:
+        """headline_ppl over the reference's, and its standard error; None without a reference."""
+        against, per_unit = self.against_reference, self._tokens_per_unit
+        if against is None or per_unit is None:
+            return None
+        ratio = math.exp(per_unit * against.ln_ratio)
+        error = against.ln_ratio_stderr
+        return ratio, None if error is None else ratio * per_unit * error
+
+    @property
+    def _tokens_per_unit(self) -> float | None:
+        """ln(word_ppl) = tokens per word * ln(ppl), so relative errors differ by that factor."""
+        if self.unit != "word":
+            return 1.0
+        if self.word_ppl is None or self.ppl is None or not 1 < self.ppl < math.inf:
+            return None
+        return math.log(self.word_ppl) / math.log(self.ppl)
 
 
 def require_comparable(records: list[ResultRecord]) -> None:

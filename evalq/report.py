@@ -1,7 +1,7 @@
 """What the store holds and the headers say -> a ResultRecord."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evalq.errors import ModelError, StoreError
 from evalq.failures import remedy_of
@@ -10,14 +10,12 @@ from evalq.prepare import Prepared
 from evalq.record import AgainstReference, Failure, ResultRecord
 from evalq.spec import ModelSpec
 from evalq.store import ResultDir, Store, read_json, write_json
+from evalq.tokenized import Data
 from evalq.version import METRICS_VERSION, __version__
 from evalq.windows import StreamFacts, WindowPlan
 
-if TYPE_CHECKING:
-    from evalq.compare import Data
 
-
-def scored_record(model: Prepared, data: "Data", identity: dict[str, Any], result: ResultDir) -> ResultRecord:
+def scored_record(model: Prepared, data: Data, identity: dict[str, Any], result: ResultDir) -> ResultRecord:
     """The record of a finished run, summed up from its stored scores, and kept as record.json.
 
     Raises:
@@ -57,6 +55,7 @@ def scored_record(model: Prepared, data: "Data", identity: dict[str, Any], resul
             "seconds": scores.seconds,
             **{name: value for name, value in run.items() if name != "notes"},
             "options": model.engine.options,
+            "predicted": read_json(result.path / "predicted.json"),
             "environment": read_json(result.path / "environment.json"),
             "evalq": __version__,
         },
@@ -67,7 +66,7 @@ def scored_record(model: Prepared, data: "Data", identity: dict[str, Any], resul
 
 
 def failed_record(
-    spec: ModelSpec, model: Prepared | None, data: "Data", error: ModelError, key: str | None
+    spec: ModelSpec, model: Prepared | None, data: Data, error: ModelError, key: str | None
 ) -> ResultRecord:
     """The record of a model without a perplexity: what is known of it, and why."""
     return ResultRecord(
@@ -117,7 +116,7 @@ def with_reference(
     return found
 
 
-def _described(spec: ModelSpec, data: "Data") -> dict[str, Any]:
+def _described(spec: ModelSpec, data: Data) -> dict[str, Any]:
     return {
         "metrics_version": METRICS_VERSION,
         "label": spec.plain_label,

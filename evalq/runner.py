@@ -24,6 +24,16 @@ LOG_TAIL_BYTES = 20_000
 
 
 @dataclass(frozen=True)
+class RunSettings:
+    """How a comparison is carried out; nothing here changes a number."""
+
+    offline: bool = False
+    timeout_seconds: float | None = None
+    clear_cache: bool = False
+    try_anyway: bool = False
+
+
+@dataclass(frozen=True)
 class WorkerSettings:
     """How a worker is started.
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -21,14 +20,8 @@ CSV_FIELDS = (
 ).split()
 
 
-def unit(records: Sequence[ResultRecord]) -> str:
-    """What a perplexity of these records is per: "token" or "word"."""
-    return str(records[0].comparison.get("unit", "token")) if records else "token"
-
-
-def shown_ppl(record: ResultRecord) -> float | None:
-    """The protocol's headline perplexity: per word where it is defined that way."""
-    return record.word_ppl if record.comparison.get("unit") == "word" else record.ppl
+def _unit(records: Sequence[ResultRecord]) -> str:
+    return records[0].unit if records else "token"
 
 
 def print_table(records: Sequence[ResultRecord], console: Console) -> None:
@@ -37,7 +30,7 @@ def print_table(records: Sequence[ResultRecord], console: Console) -> None:
     console.print(caption(records), style="dim", highlight=False, soft_wrap=True)
     table = Table(header_style="bold", box=SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
-    for name in ("bpw", "head", "GiB", f"PPL/{unit(records)}", "±", "tok/s"):
+    for name in ("bpw", "head", "GiB", f"PPL/{_unit(records)}", "±", "tok/s"):
         table.add_column(name, justify="right", no_wrap=True)
     reference = next((r.against_reference.label for r in records if r.against_reference), None)
     if reference is not None:
@@ -75,7 +68,7 @@ def markdown(records: Sequence[ResultRecord]) -> str:
     require_comparable(list(records))
     reference = next((r.against_reference.label for r in records if r.against_reference), "reference")
     lines = [
-        f"| model | format | bpw | head bpw | GiB | PPL per {unit(records)} | ± | tok/s "
+        f"| model | format | bpw | head bpw | GiB | PPL per {_unit(records)} | ± | tok/s "
         f"| vs {reference} | status |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
@@ -103,15 +96,12 @@ def as_json(records: Sequence[ResultRecord]) -> str:
 
 
 def _cells(record: ResultRecord) -> list[str]:
-    ppl, stderr = shown_ppl(record), record.ppl_stderr
-    if ppl is not None and record.ppl and stderr is not None and ppl != record.ppl:
-        # ln(word PPL) is ln(token PPL) times tokens per word, and so is its error.
-        stderr = ppl * (stderr / record.ppl) * _log_ratio(ppl, record.ppl)
+    stderr = record.headline_stderr
     return [
         _number(record.layer_bpw, 3),
         _number(record.head_bpw, 3),
         _number(record.vram_gb, 3),
-        _number(ppl, 4),
+        _number(record.headline_ppl, 4),
         "" if stderr is None else ("≥" if record.ppl_stderr_is_lower_bound else "") + _number(stderr, 3),
         _number(record.tokens_per_second, 0),
     ]
@@ -119,17 +109,11 @@ def _cells(record: ResultRecord) -> list[str]:
 
 def _against(record: ResultRecord) -> str:
     """Change of perplexity against the reference in percent, with the error of the paired difference."""
-    against = record.against_reference
-    if against is None:
+    if record.headline_ratio is None:
         return "" if record.error is None else "–"
-    change = 100 * (against.ppl_ratio - 1)
-    if against.ln_ratio_stderr is None:
-        return f"{change:+.2f} %"
-    return f"{change:+.2f} ± {100 * against.ppl_ratio * against.ln_ratio_stderr:.2f} %"
-
-
-def _log_ratio(word_ppl: float, token_ppl: float) -> float:
-    return math.log(word_ppl) / math.log(token_ppl) if token_ppl > 1 else 0.0
+    ratio, stderr = record.headline_ratio
+    change = f"{100 * (ratio - 1):+.2f}"
+    return f"{change} %" if stderr is None else f"{change} ± {100 * stderr:.2f} %"
 
 
 def _number(value: float | None, digits: int) -> str:

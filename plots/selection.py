@@ -1,8 +1,6 @@
 """Which records a chart can show, as plain numbers, and why the others are left out.
 
-The y value is the protocol's own perplexity: per word for `lm-eval`, per token for every other. Its standard
-error follows to first order: ln(word_ppl) is ln(ppl) times tokens per word, so the relative error of word_ppl
-is that of ppl times ln(word_ppl) / ln(ppl).
+The y value is the protocol's own perplexity: per word for `lm-eval`, per token for every other.
 """
 
 import math
@@ -15,7 +13,6 @@ from evalq.plots.style import usable
 from evalq.record import ResultRecord, require_comparable
 
 Axis = Literal["bpw", "vram"]
-WORD_PROTOCOLS = ("lm-eval",)
 UNQUANTIZED_BPW = 16.0
 NAME_CHARACTERS = 32
 
@@ -176,7 +173,7 @@ def select(records: Sequence[ResultRecord], options: ChartOptions) -> Selection:
     require_comparable(list(records))
     against = next((r.against_reference.label for r in records if r.against_reference), None)
     found = Selection([], {}, [], [], [], "token", False, against)
-    per_word, lower_bound = False, False
+    lower_bound = False
     for record in records:
         group = printable(record.group, NAME_CHARACTERS) or "?"
         found.groups[group] = found.groups.get(group) or usable(record.color)
@@ -191,18 +188,16 @@ def select(records: Sequence[ResultRecord], options: ChartOptions) -> Selection:
                 found.levels.append(point)
             continue
         found.points.append(point)
-        per_word |= record.protocol in WORD_PROTOCOLS
         lower_bound |= record.ppl_stderr_is_lower_bound and point.y_stderr is not None
     if not found.points:
         left_out = ", ".join((found.failed + found.beyond)[:5])
         remedy = "raise max_x or max_y" if found.beyond else "see why each model failed in the table"
         raise SpecError(f"nothing to draw: {left_out}", remedy)
-    per = "word" if per_word else "token"
-    return replace(found, per=per, stderr_is_lower_bound=lower_bound)
+    return replace(found, per=records[0].unit, stderr_is_lower_bound=lower_bound)
 
 
 def _point(record: ResultRecord, group: str, options: ChartOptions, paired: bool) -> Point:
-    x, y = _x(record, options), _y(record)
+    x, y = _x(record, options), record.headline_ppl
     assert x is not None and y is not None
     label = printable(record.label, 10 * NAME_CHARACTERS)
     rest = label[len(group) :].strip() if label.startswith(group) else label
@@ -211,7 +206,7 @@ def _point(record: ResultRecord, group: str, options: ChartOptions, paired: bool
         name=printable(rest or label or "?", NAME_CHARACTERS),
         x=x,
         y=y,
-        y_stderr=_paired_stderr(record) if paired else _stderr(record),
+        y_stderr=_paired_stderr(record) if paired else record.headline_stderr,
         color=usable(record.color),
         is_reference=(record.layer_bpw or 0.0) >= UNQUANTIZED_BPW,
     )
@@ -221,43 +216,26 @@ def _x(record: ResultRecord, options: ChartOptions) -> float | None:
     return record.layer_bpw if options.x == "bpw" else record.vram_gb
 
 
-def _y(record: ResultRecord) -> float | None:
-    return record.word_ppl if record.protocol in WORD_PROTOCOLS else record.ppl
-
-
-def _stderr(record: ResultRecord) -> float | None:
-    """The standard error of _y, None where it is not a finite number above 0."""
-    error, y, ppl = record.ppl_stderr, _y(record), record.ppl
-    if error is None or not math.isfinite(error) or error <= 0 or y is None:
-        return None
-    if record.protocol not in WORD_PROTOCOLS:
-        return error
-    if ppl is None or not math.isfinite(ppl) or ppl <= 1:
-        return None
-    return y * (math.log(y) / math.log(ppl)) * (error / ppl)
-
-
 def _paired_stderr(record: ResultRecord) -> float | None:
-    """The standard error of the difference of _y to the reference's; None for the reference itself.
+    """The standard error of the difference to the reference's perplexity; None for the reference itself.
 
     Two models stumble over the same tokens, so this is what tells them apart; the error of each
     perplexity alone is many times larger.
     """
-    against, y, ppl = record.against_reference, _y(record), record.ppl
-    if against is None or not against.ln_ratio_stderr or y is None or ppl is None or ppl <= 1:
+    if record.headline_ratio is None or record.headline_ppl is None:
         return None
-    tokens_per_unit = math.log(y) / math.log(ppl)
-    return y * tokens_per_unit * against.ln_ratio_stderr
+    ratio, stderr = record.headline_ratio
+    return record.headline_ppl / ratio * stderr if stderr else None
 
 
 def _missing(record: ResultRecord, options: ChartOptions) -> str | None:
     """Why the record has no point, None when it has one."""
     if record.status == "failed":
         return printable(record.error.category, NAME_CHARACTERS) if record.error else "failed"
-    x, y = _x(record, options), _y(record)
+    x, y = _x(record, options), record.headline_ppl
     # No perplexity is below 1, and a logarithmic axis needs both above 0.
     if y is None or not math.isfinite(y) or y <= 0:
-        return "no perplexity per word" if record.protocol in WORD_PROTOCOLS else "no perplexity"
+        return "no perplexity per word" if record.unit == "word" else "no perplexity"
     if x is None or not math.isfinite(x) or x < 0:
         return "bits per weight unknown" if options.x == "bpw" else "size unknown"
     return None

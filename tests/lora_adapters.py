@@ -1,6 +1,7 @@
 """Adapters for tests, written as PEFT and llama.cpp store them, and their base with them merged in."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -42,15 +43,15 @@ def write_peft_tensors(folder: Path, tensors: dict[str, torch.Tensor], rank: int
 
 
 def deltas(adapter: Path) -> dict[str, torch.Tensor]:
-    """Module -> alpha / r * B A, float32."""
+    """Module -> alpha / r * B A (rsLoRA: alpha / sqrt(r)), float32."""
+    rslora = json.loads((adapter / "adapter_config.json").read_text()).get("use_rslora")
     tensors = load_file(adapter / "adapter_model.safetensors")
     found = {}
     for name, a in tensors.items():
         if ".lora_A." in name:
             b = tensors[name.replace(".lora_A.", ".lora_B.")]
-            found[name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")] = (
-                ALPHA / len(a) * b @ a
-            )
+            scale = ALPHA / (math.sqrt(len(a)) if rslora else len(a))
+            found[name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")] = scale * b @ a
     return found
 
 

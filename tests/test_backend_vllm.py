@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ LOGPROBS = [-1.5, -0.1, -2.0, -float("inf")]
 RANKS = [3, 1, 2, 50]
 CPU = Hardware(True, 1, 16 * 2**30, "x86_64", None)
 H200 = Hardware(False, 2, 140 * 2**30, "NVIDIA H200", (9, 0))
+RTX = Hardware(False, 1, 12 * 2**30, "NVIDIA GeForce RTX 3060", (8, 6))
 KNOWN = {name for name in OPTIONS if name not in ("threads", "kv_cache_gib", "swap_space")} | {
     "model",
     "trust_remote_code",
@@ -114,7 +116,9 @@ class StandInEngine:
     def has_unfinished_requests(self) -> bool:
         return bool(self.asked) and not self.lose
 
-    def add_request(self, name: str, prompt: dict[str, list[int]], params: Any) -> None:
+    def add_request(
+        self, name: str, prompt: dict[str, list[int]], params: Any, lora_request: Any = None
+    ) -> None:
         self.asked.append((name, prompt["prompt_token_ids"], params))
         self.most = max(self.most, len(self.asked))
 
@@ -192,13 +196,21 @@ def arguments(window_tokens: int = 512, hardware: Hardware = H200, **options: An
 
 
 @pytest.mark.parametrize(
-    ("window_tokens", "step_tokens", "windows"),
-    [(512, 2048, 4), (2048, 2048, 1), (300, 1800, 6), (8192, 2048, 1)],
+    ("hardware", "window_tokens", "step_tokens", "windows"),
+    [
+        (CPU, 512, 2048, 4),
+        (CPU, 300, 1800, 6),
+        (CPU, 8192, 2048, 1),
+        (H200, 512, 8192, 16),
+        (H200, 2048, 8192, 4),
+        (H200, 3000, 6000, 2),
+        (RTX, 2048, 2048, 1),
+    ],
 )
 def test_a_step_holds_whole_windows_and_is_bounded(
-    window_tokens: int, step_tokens: int, windows: int
+    hardware: Hardware, window_tokens: int, step_tokens: int, windows: int
 ) -> None:
-    made = arguments(window_tokens)
+    made = arguments(window_tokens, hardware)
     assert made["max_num_batched_tokens"] == step_tokens
     assert made["max_num_seqs"] >= windows
     assert made["max_model_len"] == window_tokens + 1
@@ -218,11 +230,16 @@ def test_options_go_to_the_engine() -> None:
 
 
 def test_utilization_leaves_room_for_log_probabilities() -> None:
-    small = Hardware(False, 1, 12 * 2**30, "NVIDIA GeForce RTX 3060", (8, 6))
     assert arguments()["gpu_memory_utilization"] == 0.9
-    share = arguments(hardware=small)["gpu_memory_utilization"]
-    assert 0.5 < share < 0.9
-    assert (1 - share) * small.memory_bytes > 2048 * 128_256 * 8
+    for hardware, tokens in ((RTX, 2048), (H200, 8192)):
+        share = arguments(hardware=hardware)["gpu_memory_utilization"]
+        assert 0.5 < share <= 0.9
+        assert (1 - share) * hardware.memory_bytes > tokens * 128_256 * 8
+
+
+def test_out_of_memory_halves_a_step() -> None:
+    halved = engine_arguments(replace(request(2048), divide_work=2), H200, 128_256, KNOWN, "0.32.0")
+    assert (halved["max_num_batched_tokens"], halved["max_num_seqs"]) == (4096, 4)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ WIKI2 = {
     "eval_stride": 512,
     "tokens_scored": 40940,
 }
-LM_EVAL = {"dataset": "wiki2", "protocol": "lm-eval", "eval_len": 2048, "eval_stride": 2048}
+LM_EVAL = {"dataset": "wiki2", "protocol": "lm-eval", "eval_len": 2048, "eval_stride": 2048, "unit": "word"}
 
 
 def record(label: str, bpw: float | None, ppl: float | None, **more: Any) -> ResultRecord:

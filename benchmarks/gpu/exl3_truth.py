@@ -14,23 +14,31 @@ sides in processes of their own on the same GPU: one pass to warm up, then the m
 
 import argparse
 import json
-import math
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import (
+    EVAL_LEN,
+    EVAL_STRIDE,
+    WINDOWS,
+    allocated_bytes,
+    child,
+    measured,
+    start_compare,
+    token_ids,
+    versions,
+    windows_WT,
+    write_data_spec,
+)
 
 from evalq.backend import Batch, LoadRequest
-from evalq.data import read_stream
 from evalq.environment import environment
 
-EVAL_LEN, EVAL_STRIDE, WINDOWS = 2048, 512, 20
 HEAD_BITS, CALIBRATION_ROWS, TIMED_PASSES = 6, 32, 5
 SWEEP: list[dict[str, Any]] = [
     {"cuda_graph": False},
@@ -38,42 +46,6 @@ SWEEP: list[dict[str, Any]] = [
     {"batch_windows": 2},
     {"head_chunk_mib": 96},
 ]
-MIB = 2**20
-
-
-def windows_WT(ids: np.ndarray) -> np.ndarray:
-    """The windows of the `exllamav3` protocol, int64 [W, T]."""
-    starts = range(0, len(ids) - EVAL_LEN, EVAL_STRIDE)
-    return np.stack([ids[a : a + EVAL_LEN] for a in list(starts)[:WINDOWS]])
-
-
-def measured(one_pass: Callable[[], np.ndarray], n_tokens: int, loaded_bytes: int) -> dict[str, Any]:
-    """Tokens per second and peak memory above the loaded weights, of a first pass and of warm ones."""
-    import torch
-
-    def timed() -> float:
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        one_pass()
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    torch.cuda.reset_peak_memory_stats()
-    first_seconds = timed()
-    first_peak = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    seconds = [timed() for _ in range(TIMED_PASSES)]
-    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return {
-        "ppl": math.exp(-float(np.mean(one_pass(), dtype=np.float64))),
-        "tokens_per_second": n_tokens / statistics.median(seconds),
-        "seconds": seconds,
-        "first_pass_seconds": first_seconds,
-        "loaded_mib": loaded_bytes / MIB,
-        "peak_above_weights_mib": (peak - loaded_bytes) / MIB,
-        "first_pass_peak_above_weights_mib": (first_peak - loaded_bytes) / MIB,
-        "reserved_above_weights_mib": (reserved - loaded_bytes) / MIB,
-    }
 
 
 def peer(model_dir: Path, ids: np.ndarray, out: Path) -> dict[str, Any]:
@@ -87,8 +59,7 @@ def peer(model_dir: Path, ids: np.ndarray, out: Path) -> dict[str, Any]:
     model = Model.from_config(config)
     model.load(device=torch.device("cuda:0"))
     layer_bpw, head_bpw, _ = model.get_storage_info()
-    torch.cuda.empty_cache()
-    loaded = torch.cuda.memory_allocated()
+    loaded = allocated_bytes()
     windows = torch.from_numpy(windows_WT(ids))
 
     def one_pass() -> np.ndarray:
@@ -105,27 +76,24 @@ def peer(model_dir: Path, ids: np.ndarray, out: Path) -> dict[str, Any]:
         return np.stack([logprob.cpu().numpy() for logprob in kept])
 
     with torch.inference_mode():
-        result = measured(one_pass, windows.shape[0] * (EVAL_LEN - 1), loaded)
+        result = measured(one_pass, windows.shape[0] * (EVAL_LEN - 1), loaded, TIMED_PASSES)
         np.save(out.with_suffix(".npy"), one_pass())
     return result | {"layer_bpw": layer_bpw, "head_bpw": head_bpw}
 
 
 def ours(model_dir: Path, ids: np.ndarray, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The backend of evalq. Its CUDA graph is recorded in the first pass and kept, like engine caches."""
-    import torch
-
     from evalq.backends import exl3
 
     windows = windows_WT(ids)
     model = exl3.load(LoadRequest(model_dir, EVAL_LEN, EVAL_LEN - 1, options, n_windows=WINDOWS))
-    torch.cuda.empty_cache()
-    loaded, size = torch.cuda.memory_allocated(), model.batch_windows
+    loaded, size = allocated_bytes(), model.batch_windows
     batches = [Batch(windows[i : i + size], 0) for i in range(0, len(windows), size)]
 
     def one_pass() -> np.ndarray:
         return np.concatenate([scores.logprob for scores in exl3.forward_many(model, batches)])
 
-    result = measured(one_pass, windows.shape[0] * (EVAL_LEN - 1), loaded)
+    result = measured(one_pass, windows.shape[0] * (EVAL_LEN - 1), loaded, TIMED_PASSES)
     np.save(out.with_suffix(".npy"), one_pass())
     return {"options": options, "batch_windows": size, "notes": model.notes} | result
 
@@ -149,31 +117,24 @@ def convert(hf: Path, work: Path, rates: list[float]) -> Iterator[Path]:
         yield out
 
 
-def scored(specs: list[dict[str, Any]], wikitext: Path, work: Path) -> list[dict[str, Any]]:
+def scored(specs: list[dict[str, Any]], data: Path) -> list[dict[str, Any]]:
     """Records of the command line, one process for each spec, with a store each: none answers for another."""
-    data = {"dataset": "wiki2", "protocol": "exllamav3", "eval_len": EVAL_LEN, "eval_stride": EVAL_STRIDE}
-    data_file = work / "wiki2.json"
-    data_file.write_text(json.dumps(data | {"max_rows": WINDOWS, "path": str(wikitext)}))
-    running = []
-    for i, spec in enumerate(specs):
-        stem = spec["label"].replace(" ", "-")
-        spec_file, out = work / f"{stem}.json", work / f"{stem}.records.json"
-        spec_file.write_text(json.dumps(spec))
-        command = [sys.executable, "-m", "evalq", "compare", "-d", str(data_file), "-m", str(spec_file)]
-        command += ["--json", str(out), "--store", str(work / f"store-{i}"), "--offline", "-q"]
-        running.append((out, subprocess.Popen(command, cwd=work)))
+    stems = [spec["label"].replace(" ", "-") for spec in specs]
+    stores = [data.parent / f"store-{i}" for i in range(len(specs))]
+    running = [
+        start_compare([spec], stem, data, store)
+        for spec, stem, store in zip(specs, stems, stores, strict=True)
+    ]
     for _, process in running:
         process.wait()
     return [json.loads(out.read_text())[0] for out, _ in running]
 
 
-def child(side: str, model_dir: Path, work: Path, options: dict[str, Any] | None = None) -> Any:
+def side(name: str, model_dir: Path, work: Path, options: dict[str, Any] | None = None) -> Any:
     """Run one side in a process of its own."""
-    out = work / f"{model_dir.name}.{side}.{'' if not options else '-'.join(options)}.json".replace("..", ".")
-    command = [sys.executable, __file__, side, "--model", str(model_dir), "--ids", str(work / "ids.npy")]
-    command += ["--out", str(out), "--options", json.dumps(options or {})]
-    subprocess.run(command, check=True)
-    return json.loads(out.read_text())
+    out = work / f"{model_dir.name}.{name}.{'' if not options else '-'.join(options)}.json".replace("..", ".")
+    given = {"model": str(model_dir), "ids": str(work / "ids.npy"), "options": options or {}}
+    return child(Path(__file__), name, out, given)
 
 
 def compared(model_dir: Path, name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
@@ -183,19 +144,17 @@ def compared(model_dir: Path, name: str, arguments: argparse.Namespace) -> tuple
     specs = [base, base | {"label": f"{name} streamed", "options": {"streaming": True}}]
     if model_dir == arguments.hf:  # the same weights in another engine: how far engines alone are apart
         specs.append(base | {"label": "BF16 transformers", "load_fn": "hf"})
-    records = scored(specs, arguments.wikitext, work)
+    records = scored(specs, write_data_spec(work, arguments.wikitext, arguments.hf))
     failed = [record["error"] for record in records if record["status"] != "ok"]
     if failed:
         return {"model": name, "failed": failed}, records
-    stream = read_stream(next((work / "store-0" / "tokens").glob("*.safetensors")))
-    assert stream is not None
-    np.save(work / "ids.npy", stream.ids_N)
+    np.save(work / "ids.npy", token_ids(work / "store-0"))
     own, streamed = records[:2]
-    theirs = child("peer", model_dir, work)
-    mine = [child("ours", model_dir, work)]
+    theirs = side("peer", model_dir, work)
+    mine = [side("ours", model_dir, work)]
     for options in [{"streaming": True}, *(SWEEP if name == arguments.sweep else [])]:
-        mine.append(child("ours", model_dir, work, options))
-    both = [np.load(work / f"{model_dir.name}.{side}.npy").ravel() for side in ("ours", "peer")]
+        mine.append(side("ours", model_dir, work, options))
+    both = [np.load(work / f"{model_dir.name}.{name}.npy").ravel() for name in ("ours", "peer")]
     row = {
         "model": name,
         "ppl": own["ppl"],
@@ -230,7 +189,7 @@ def run(arguments: argparse.Namespace) -> None:
         row, more = compared(path, name, arguments)
         rows, records = [*rows, row], [*records, *more]
         summary = {
-            "versions": {d: version(d) for d in ("exllamav3", "torch", "triton", "evalq")},
+            "versions": versions("exllamav3", "torch", "triton", "evalq"),
             "hardware": environment(),
             "protocol": {"name": "exllamav3", "eval_len": EVAL_LEN, "eval_stride": EVAL_STRIDE},
             "windows": WINDOWS,
@@ -253,8 +212,8 @@ def main() -> None:
     whole.add_argument("--work", type=Path, required=True)
     whole.add_argument("--bits", type=float, nargs="+", default=[2.0, 4.0, 3.0, 5.0, 6.0])
     whole.add_argument("--sweep", default="EXL3 4.0", help="the model that other options are tried on")
-    for side in ("ours", "peer"):
-        part = commands.add_parser(side)
+    for command in ("ours", "peer"):
+        part = commands.add_parser(command)
         for name in ("--model", "--ids", "--out"):
             part.add_argument(name, type=Path, required=True)
         part.add_argument("--options", type=json.loads, default={})

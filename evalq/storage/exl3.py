@@ -7,6 +7,7 @@ A trellis holds K bits per weight of a matrix whose sides are padded to multiple
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evalq.storage.dimensions import SIDES, side_lengths
 from evalq.storage.report import TensorBits, percent
 from evalq.storage.shards import RawTensor
 
@@ -35,7 +36,7 @@ def true_layer_weights(
         The count, or None when config.json does not tell the shape of every quantized layer.
     """
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    sizes = _sizes(text or {})
+    sizes = side_lengths(text or {})
     total = 0
     for weight in bits:
         if weight.kind != "layer":
@@ -48,43 +49,9 @@ def true_layer_weights(
     return total
 
 
-def _sizes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Possible true lengths of the named sides; several where layers differ (experts)."""
-
-    def number(key: str) -> int:
-        value = config.get(key)
-        return value if type(value) is int and value > 0 else 0
-
-    hidden, heads = number("hidden_size"), number("num_attention_heads")
-    head_dim = number("head_dim") or (hidden // heads if heads else 0)
-    kv_heads = number("num_key_value_heads") or heads
-    moe = number("moe_intermediate_size")
-    inner = (
-        number("intermediate_size"),
-        moe,
-        number("shared_expert_intermediate_size"),
-        moe * number("n_shared_experts"),
-    )
-    return {
-        "hidden": (hidden,),
-        "query": (heads * head_dim,),
-        "key": (kv_heads * head_dim,),
-        "inner": tuple(n for n in dict.fromkeys(inner) if n),
-    }
-
-
-# Module name -> its (in, out) sides.
-_SIDES = {
-    "q_proj": ("hidden", "query"), "k_proj": ("hidden", "key"), "v_proj": ("hidden", "key"),
-    "o_proj": ("query", "hidden"), "gate_proj": ("hidden", "inner"), "up_proj": ("hidden", "inner"),
-    "down_proj": ("inner", "hidden"), "w1": ("hidden", "inner"), "w3": ("hidden", "inner"),
-    "w2": ("inner", "hidden"),
-}  # fmt: skip
-
-
 def _true_numel(name: str, trellis: RawTensor, sizes: dict[str, tuple[int, ...]]) -> int | None:
     """Weights of one layer without padding, None unless exactly one true shape pads to the stored one."""
-    sides = _SIDES.get(name.split(".")[-2])
+    sides = SIDES.get(name.split(".")[-2])
     if sides is None:
         return None
     numel = 1

@@ -2,7 +2,7 @@
 
 A family is recognised by the name ending and dtype of the tensor that holds the codes and by the sidecars
 beside it, never by the config alone: mixed checkpoints quantize some layers and not others. `rules` has what
-differs between families and is no name: how many weights the codes stand for, and how to call them.
+differs between families and is no name: which weights the codes stand for, and how to call them.
 
 Sources: compressed-tensors (https://github.com/vllm-project/compressed-tensors), AutoGPTQ and AutoAWQ
 checkpoints as transformers reads them, bitsandbytes `Params4bit`, gpt-oss
@@ -44,9 +44,9 @@ class Family:
     Args:
         codes: ending of the tensor that holds the codes; what stands before it is the stem.
         dtypes: the codes' dtypes.
-        needs: sidecar ending -> its dtypes (empty: any) that must all be there.
+        needs: sidecar ending -> its dtypes (empty: any) that must all be there; the first is the scale.
         sidecars: endings of everything else that belongs to the weight when present.
-        weights: how many weights the codes stand for.
+        shape: of the weights that the codes stand for, [out, in] where the family keeps the sides.
         label: the weight's format in a few words.
         maker: put before the label in a checkpoint's one line; "" takes it from the config.
         ending: the logical weight's name is the stem plus this.
@@ -56,7 +56,7 @@ class Family:
     codes: str
     dtypes: frozenset[str]
     needs: Mapping[str, frozenset[str]]
-    weights: Callable[[Parts], int]
+    shape: Callable[[Parts], rules.Shape]
     label: Callable[[Parts], str]
     sidecars: tuple[str, ...] = _WEIGHT + _ACTIVATION
     maker: str = ""
@@ -75,7 +75,7 @@ FAMILIES: tuple[Family, ...] = (
            (".qzeros", ".g_idx"), maker="AWQ", when=rules.is_awq),
     Family(".qweight", _I32, {".scales": _ANY}, rules.columns_int32, rules.columns_label,
            (".qzeros", ".g_idx"), maker="GPTQ"),
-    Family(".weight", _U8, {".weight.absmax": _ANY}, rules.two_per_byte, rules.bnb4_label, _BNB4,
+    Family(".weight", _U8, {".weight.absmax": _ANY}, rules.flat_two_per_byte, rules.bnb4_label, _BNB4,
            maker="bitsandbytes"),
     Family(".weight", _I8, {".SCB": _ANY}, rules.one_each, rules.named("INT8 channel"), (".weight_format",),
            maker="bitsandbytes"),
@@ -88,7 +88,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(".weight", _FP8, {".weight_scale": _ANY}, rules.one_each, rules.scaled("FP8", ".weight_scale")),
     Family(".weight", _FP8, {".scale": _ANY}, rules.one_each, rules.scaled("FP8", ".scale")),
     Family(".weight", _I8, {".weight_scale": _ANY}, rules.one_each, rules.scaled("INT8", ".weight_scale")),
-    Family("_blocks", _U8, {"_scales": _U8}, rules.two_per_byte, rules.named("MXFP4"), (), ending=""),
+    Family("_blocks", _U8, {"_scales": _U8}, rules.blocks, rules.named("MXFP4"), (), ending=""),
     Family("", _U8, {"_weight_scale": _FP8, "_weight_scale_2": _ANY}, rules.two_per_byte,
            rules.named("NVFP4"), _FUSED, maker="ModelOpt", ending=""),
     Family("", _FP8, {"_scale_inv": _ANY}, rules.one_each, rules.scaled("FP8", "_scale_inv"), _FUSED,

@@ -8,6 +8,7 @@ is in the thousands. The scales are single float32 numbers, the only weight data
 from collections import defaultdict
 from collections.abc import Mapping
 
+from evalq.storage.findings import Finding
 from evalq.storage.shards import RawTensor, read_scalars
 
 FINDING = "nvfp4-global-scale-mismatch"
@@ -23,7 +24,7 @@ _FUSED_GROUPS = (
 _GROUP_OF = {module: group for group in _FUSED_GROUPS for module in group}
 
 
-def global_scale_findings(tensors: Mapping[str, RawTensor]) -> list[str]:
+def global_scale_findings(tensors: Mapping[str, RawTensor]) -> list[Finding]:
     """At most one finding: the first fused group whose parts have different scales, and how many more do."""
     groups: dict[tuple[str, tuple[str, ...], str], dict[str, RawTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
@@ -44,8 +45,9 @@ def global_scale_findings(tensors: Mapping[str, RawTensor]) -> list[str]:
     (parent, order, ending), scales = different[0]
     shown = ", ".join(f"{module} {scales[module]:.6g}" for module in order if module in scales)
     more = f"; {len(different) - 1} more modules have the same fault" if len(different) > 1 else ""
-    return [
-        f"{FINDING}: {parent} has different {ending.lstrip('.')} in parts that engines fuse: {shown}{more}. "
+    message = (
+        f"{parent} has different {ending.lstrip('.')} in parts that engines fuse: {shown}{more}. "
         "vLLM takes one for all of them and its scores are meaningless: "
         "quantize again with one scale per fused group"
-    ]
+    )
+    return [Finding(FINDING, parent, message, "warning")]

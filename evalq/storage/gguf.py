@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evalq.storage.gguf_header import GgufTensor, read_gguf_header, split_parts
+from evalq.storage.gguf_header import GgufHeader, GgufTensor, read_gguf_header, split_parts
 from evalq.storage.kinds import kind_of
 from evalq.storage.report import StorageReport, TensorBits, assemble, percent, shares
 
@@ -22,7 +22,11 @@ def measure_gguf(path: Path) -> StorageReport:
     Raises:
         ModelError: model_corrupt or model_missing, naming the file.
     """
-    headers = [read_gguf_header(part) for part in split_parts(path)]
+    return measure_headers([read_gguf_header(part) for part in split_parts(path)])
+
+
+def measure_headers(headers: Sequence[GgufHeader]) -> StorageReport:
+    """Measure a GGUF model from the headers of its files, the first of which has the settings."""
     stored = [tensor for header in headers for tensor in header.tensors]
     tensors = _logical_weights(stored)
     return assemble(

@@ -64,9 +64,9 @@ class GgufHeader:
 class _Cursor:
     """Reads forward through a file of known size; no read or skip may pass its end."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path = path
-        self.size = os.fstat(file.fileno()).st_size
+        self.size = size
         self._file = file
         self._block = b""
         self._block_start = 0
@@ -84,6 +84,7 @@ class _Cursor:
                 self.path,
                 f"truncated or damaged: {what} claims {count:,} bytes, "
                 f"the file ends {self.size - self.position:,} bytes on",
+                "truncated-shard",
             )
         if count > len(self._block) - self._position:
             start = self.position
@@ -141,6 +142,15 @@ def split_parts(path: Path) -> tuple[Path, ...]:
     Raises:
         ModelError: model_corrupt if a part is missing, model_missing if `path` is not the first.
     """
+    parts = split_names(path)
+    for part in parts:
+        if not part.is_file():
+            raise corrupt(path, f"{part.name} of the same model is not there", "missing-shard")
+    return parts
+
+
+def split_names(path: Path) -> tuple[Path, ...]:
+    """What `split_parts` returns, without looking whether the files are there."""
     match = _SPLIT.fullmatch(path.name)
     if match is None:
         return (path,)
@@ -150,9 +160,6 @@ def split_parts(path: Path) -> tuple[Path, ...]:
         raise corrupt(path, f"there is no part {match['part']} of {match['parts']}")
     if path.name != names[0]:
         raise missing(path, "is not the first part of its model", f"name {path.with_name(names[0])}")
-    for name in names:
-        if not path.with_name(name).is_file():
-            raise corrupt(path, f"{name} of the same model is not there")
     return tuple(path.with_name(name) for name in names)
 
 
@@ -164,9 +171,23 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """
     try:
         with path.open("rb") as file:
-            return _read(_Cursor(path, file))
+            return parse_gguf_header(path, file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise corrupt(path, f"cannot be read: {error.strerror}") from None
+
+
+def parse_gguf_header(path: Path, file: BinaryIO, size: int) -> GgufHeader:
+    """Read and check the header from an open file, wherever it is.
+
+    Args:
+        path: what messages call it.
+        file: open for reading, seekable.
+        size: of the whole file, bytes.
+
+    Raises:
+        ModelError: model_corrupt, naming the first thing wrong with it.
+    """
+    return _read(_Cursor(path, file, size))
 
 
 def _read(cursor: _Cursor) -> GgufHeader:
@@ -273,4 +294,5 @@ def _require_data(
             raise corrupt(
                 cursor.path,
                 f"truncated: {what} ends at byte {data_start + end:,}, the file has {cursor.size:,}",
+                "truncated-shard",
             )

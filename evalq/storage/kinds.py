@@ -17,7 +17,7 @@ _ROUTER_ENDS = (
 _EMBEDDING_PARTS = ("embed", "embd")
 _EMBEDDING_MODULES = frozenset({"wte", "wpe"})
 _BIAS_ENDS = (".bias", "_bias")
-# Masks, position tables and KV-cache scales that old checkpoints carry along: no engine multiplies by them.
+# Masks, position tables and KV-cache scales: no engine multiplies by them.
 _BUFFER_ENDS = (
     ".masked_bias",
     ".position_ids",
@@ -26,7 +26,13 @@ _BUFFER_ENDS = (
     ".v_scale",
     ".q_scale",
     ".prob_scale",
+    "rope_freqs.weight",
 )
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of this name is no parameter: a mask, a table, a KV-cache scale."""
+    return name.endswith(_BUFFER_ENDS)
 
 
 def kind_of(name: str, dimensions: int) -> Kind:
@@ -36,7 +42,7 @@ def kind_of(name: str, dimensions: int) -> Kind:
         name: of the logical weight; sidecars are sorted with their weight and never come here.
         dimensions: of the logical weight (2 for a packed linear layer).
     """
-    if name.endswith(_BIAS_ENDS) or name.endswith(_BUFFER_ENDS):
+    if name.endswith(_BIAS_ENDS) or is_buffer(name):
         return "other"
     parts = name.split(".")
     if dimensions < 2:

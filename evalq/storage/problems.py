@@ -17,9 +17,24 @@ _CONVERT = (
 )
 
 
-def corrupt(path: Path, what: str) -> ModelError:
+class DamagedFile(ModelError):
+    """A file that is not what it claims to be: model_corrupt.
+
+    Args:
+        path: the file.
+        what: is wrong with it.
+        finding: the name of a finding about it.
+    """
+
+    def __init__(self, path: Path, what: str, finding: str) -> None:
+        """Keep the name and the file beside the line."""
+        super().__init__(f"{path}: {what}", "model_corrupt")
+        self.path, self.finding = path, finding
+
+
+def corrupt(path: Path, what: str, finding: str = "damaged-file") -> DamagedFile:
     """A file that is not what it claims to be."""
-    return ModelError(f"{path}: {what}", "model_corrupt")
+    return DamagedFile(path, what, finding)
 
 
 def missing(path: Path, what: str, remedy: str | None = None) -> ModelError:

@@ -1,8 +1,8 @@
 """What differs between the families of `evalq.storage.families` and is no name.
 
-How many weights a tensor of codes stands for, and how the weight's format is called. All from shapes; the one
-exception is `weight_shape` of compressed-tensors, two integers that are read because a packed row may end in
-padding.
+The shape of the weights that a tensor of codes stands for, and how the weight's format is called. All from
+shapes; the one exception is `weight_shape` of compressed-tensors, two integers that are read because a packed
+row may end in padding.
 """
 
 import math
@@ -14,6 +14,8 @@ from evalq.errors import ModelError
 from evalq.storage.problems import clipped, corrupt
 from evalq.storage.shards import RawTensor, read_scalars
 
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Context:
@@ -21,11 +23,13 @@ class Context:
 
     Args:
         config: the quantization config, {} without one.
-        shapes: logical (out, in) of packed tensors already looked up, keyed by everything their shape shows.
+        shapes: logical shapes of packed tensors already looked up, keyed by everything their shape shows.
+        readable: the files are here, so that small tensors can be read; False for headers from the hub.
     """
 
     config: dict[str, Any]
-    shapes: dict[tuple[tuple[int, ...], ...], tuple[int, int]]
+    shapes: dict[tuple[tuple[int, ...], ...], Shape]
+    readable: bool = True
 
     def schemes(self) -> list[dict[str, Any]]:
         """The weight schemes of compressed-tensors' config groups."""
@@ -36,8 +40,8 @@ class Context:
 
     def only_bits(self) -> int | None:
         """The one num_bits of all config groups, None when they differ or say nothing."""
-        declared = {scheme.get("num_bits") for scheme in self.schemes()}
-        bits = declared.pop() if len(declared) == 1 else None
+        declared = [scheme.get("num_bits") for scheme in self.schemes()]
+        bits = declared[0] if declared and all(one == declared[0] for one in declared) else None
         return bits if type(bits) is int and 0 < bits <= 16 else None
 
     def integer(self, key: str) -> int | None:
@@ -60,20 +64,34 @@ def always(parts: Parts) -> bool:
     return True
 
 
-def one_each(parts: Parts) -> int:
+def one_each(parts: Parts) -> Shape:
     """One weight per element."""
-    return parts.codes.numel
+    return parts.codes.shape
 
 
-def two_per_byte(parts: Parts) -> int:
+def two_per_byte(parts: Parts) -> Shape:
     """Two 4-bit weights per byte."""
-    return 2 * parts.codes.numel
+    *rows, row_bytes = parts.codes.shape or (1,)
+    return (*rows, 2 * row_bytes)
 
 
-def trellis(parts: Parts) -> int:
+def flat_two_per_byte(parts: Parts) -> Shape:
+    """NF4, FP4 of bitsandbytes: a column of bytes that does not keep the matrix's sides."""
+    return (2 * parts.codes.numel,)
+
+
+def blocks(parts: Parts) -> Shape:
+    """gpt-oss: [..., in / 32, 16 bytes] of 4-bit weights."""
+    if len(parts.codes.shape) < 2:
+        return two_per_byte(parts)
+    *rows, n_blocks, block_bytes = parts.codes.shape
+    return (*rows, 2 * n_blocks * block_bytes)
+
+
+def trellis(parts: Parts) -> Shape:
     """EXL3: 16 x 16 weights per tile, [in/16, out/16, 16 K] (padded dimensions)."""
     _require_dimensions(parts.codes, 3)
-    return 256 * parts.codes.shape[0] * parts.codes.shape[1]
+    return 16 * parts.codes.shape[1], 16 * parts.codes.shape[0]
 
 
 def trellis_bits(parts: Parts) -> int:
@@ -84,13 +102,8 @@ def trellis_bits(parts: Parts) -> int:
     return parts.codes.shape[2] // 16
 
 
-def packed_int32(parts: Parts) -> int:
-    """compressed-tensors pack-quantized: the product of weight_shape."""
-    return math.prod(_packed_shape(parts))
-
-
-def _packed_shape(parts: Parts) -> tuple[int, int]:
-    """Logical (out, in) of a packed tensor [out, ceil(in * bits / 32)].
+def packed_int32(parts: Parts) -> Shape:
+    """compressed-tensors pack-quantized [out, ceil(in * bits / 32)]: weight_shape, [out, in].
 
     Where all layers have the same bits, one `weight_shape` is read for all whose packed tensor and scales
     look alike: rows of different lengths that pack to the same number of words do not occur in one model.
@@ -103,14 +116,14 @@ def _packed_shape(parts: Parts) -> tuple[int, int]:
     return parts.context.shapes[alike]
 
 
-def _read_packed_shape(parts: Parts) -> tuple[int, int]:
-    """Read weight_shape and hold it against the packed tensor."""
+def _read_packed_shape(parts: Parts) -> Shape:
+    """Read weight_shape and hold it against the packed tensor; without it, num_bits tells."""
     codes, shape = parts.codes, parts.sidecars.get(".weight_shape")
-    if shape is None:
+    if shape is None or not parts.context.readable:
         bits = parts.context.only_bits()
         if bits is None or not codes.numel:
             raise _misshapen(codes, "neither weight_shape nor num_bits tells how many weights that is")
-        return math.prod(codes.shape[:-1]), codes.shape[-1] * 32 // bits
+        return *codes.shape[:-1], codes.shape[-1] * 32 // bits
     _require_dimensions(codes, 2)
     values = read_scalars([shape])[shape.name]
     rows, row_words = codes.shape
@@ -121,14 +134,14 @@ def _read_packed_shape(parts: Parts) -> tuple[int, int]:
 
 def packed_label(parts: Parts) -> str:
     """INT bits, grouping, symmetry of a pack-quantized layer."""
-    rows, columns = _packed_shape(parts)
+    *rows, columns = packed_int32(parts)
     bits = parts.context.only_bits() or parts.codes.shape[-1] * 32 // columns
-    grouping = _grouping(parts.sidecars[".weight_scale"].shape, (rows, columns), parts.context)
+    grouping = _grouping(parts.sidecars[".weight_scale"].shape, (math.prod(rows), columns), parts.context)
     symmetry = "asymmetric" if ".weight_zero_point" in parts.sidecars else "symmetric"
     return f"INT{bits} {grouping} {symmetry}"
 
 
-def _code_bits(parts: Parts) -> int:
+def code_bits(parts: Parts) -> int:
     """GPTQ, AWQ: bits of one code. The shapes know it; the config may speak of other layers."""
     codes, scales, zeros = parts.codes, parts.sidecars[".scales"], parts.sidecars.get(".qzeros")
     _require_dimensions(codes, 2)
@@ -146,15 +159,16 @@ def _code_bits(parts: Parts) -> int:
     return bits
 
 
-def columns_int32(parts: Parts) -> int:
+def columns_int32(parts: Parts) -> Shape:
     """GPTQ [in * bits / 32, out], AWQ [in, out * bits / 32]: 32 / bits codes per word."""
-    return parts.codes.numel * 32 // _code_bits(parts)
+    bits, columns = code_bits(parts), parts.sidecars[".scales"].shape[-1]
+    return columns, parts.codes.numel * 32 // bits // columns
 
 
 def columns_label(parts: Parts) -> str:
     """INT bits and grouping of a GPTQ or AWQ layer."""
-    bits, scales = _code_bits(parts), parts.sidecars[".scales"]
-    rows = columns_int32(parts) // scales.shape[1]
+    bits, scales = code_bits(parts), parts.sidecars[".scales"]
+    _, rows = columns_int32(parts)
     groups = scales.shape[0]
     if groups <= 1:
         return f"INT{bits} channel"
@@ -198,14 +212,14 @@ def _grouping(scale: tuple[int, ...], weight: tuple[int, int], context: Context)
     rows, columns = weight
     if len(scale) < 2:
         return "channel" if scale == (rows,) and rows > 1 else "tensor"
-    if math.prod(scale) == 1 and rows > 1 and not _declared_blocks(context):
+    if math.prod(scale) == 1 and rows > 1 and not declared_blocks(context):
         return "tensor"
     if scale[-2] == rows:
         groups = max(scale[-1], 1)
         if groups > 1 or _only_groups(context):
             return f"group {-(-columns // groups)}"
         return "channel"
-    declared = _declared_blocks(context)
+    declared = declared_blocks(context)
     if declared is not None:
         return f"block {declared[0]}x{declared[1]}"
     if scale[-2] <= 1 or not scale[-1]:
@@ -215,10 +229,11 @@ def _grouping(scale: tuple[int, ...], weight: tuple[int, int], context: Context)
 
 def _only_groups(context: Context) -> bool:
     """Whether the config knows no other strategy than groups (a group may span a whole row)."""
-    return {scheme.get("strategy") for scheme in context.schemes()} == {"group"}
+    schemes = context.schemes()
+    return bool(schemes) and all(scheme.get("strategy") == "group" for scheme in schemes)
 
 
-def _declared_blocks(context: Context) -> tuple[int, int] | None:
+def declared_blocks(context: Context) -> tuple[int, int] | None:
     """Block sizes of the config: a matrix whose sides are no multiples has a cut block at its edge."""
     sizes = [context.config.get("weight_block_size"), *(s.get("block_structure") for s in context.schemes())]
     for size in sizes:

@@ -1,20 +1,22 @@
-"""Bit accounting of a safetensors checkpoint: tensors -> logical weights -> one report.
+"""A safetensors checkpoint from its headers: tensors -> logical weights -> bit accounting.
 
 Convention: `evalq.storage.report`. Which tensors make one weight: `evalq.storage.families`.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evalq.storage import exl3
 from evalq.storage.families import FAMILIES_BY_DTYPE, PLAIN_LABELS, STRAY_ENDINGS, Family
+from evalq.storage.findings import Finding
 from evalq.storage.fused import global_scale_findings
 from evalq.storage.kinds import kind_of
 from evalq.storage.report import StorageReport, TensorBits, assemble, percent, shares
-from evalq.storage.rules import Context, Parts
-from evalq.storage.shards import RawTensor, find_shards, read_json, read_tensors
+from evalq.storage.rules import Context, Parts, Shape
+from evalq.storage.shards import RawTensor, ShardSet, find_shards, read_json, read_tensors
 
 # Where quantizers leave their settings when config.json has none, the first that exists wins.
 QUANTIZATION_FILES = (
@@ -26,12 +28,42 @@ QUANTIZATION_FILES = (
 _NAMES_SHOWN = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Logical:
-    """A logical weight and, if it is quantized, the row of the table that explains it."""
+    """A logical weight.
+
+    Args:
+        bits: its name, part and size.
+        shape: of the weights it stands for.
+        family: the row of the table that explains it, None for a plain tensor.
+        parts: its codes and sidecars, None for a plain tensor.
+    """
 
     bits: TensorBits
-    family: Family | None
+    shape: Shape
+    family: Family | None = None
+    parts: Parts | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the headers of a checkpoint say.
+
+    Args:
+        config: config.json, {} without one.
+        settings: the quantization settings, {} without any.
+        shards: the files, None for headers from the hub.
+        tensors: every stored tensor by name.
+        logical: every logical weight, in the order of the files.
+        strays: sidecars that belong to no quantized weight.
+    """
+
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    shards: ShardSet | None
+    tensors: Mapping[str, RawTensor]
+    logical: tuple[Logical, ...]
+    strays: tuple[str, ...]
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -65,21 +97,62 @@ def measure_directory(directory: Path) -> StorageReport:
     Raises:
         ModelError: model_missing, model_corrupt or unsafe_checkpoint, naming the file.
     """
-    tensors = read_tensors(find_shards(directory))
+    return measure(read_contents(directory))
+
+
+def read_contents(directory: Path) -> Contents:
+    """Read the headers of a checkpoint directory and group its tensors into logical weights.
+
+    Raises:
+        ModelError: model_missing, model_corrupt or unsafe_checkpoint, naming the file.
+    """
+    shards = find_shards(directory)
+    tensors = read_tensors(shards)
     config = read_config(directory)
-    settings = quantization_config(directory, config)
-    logical, strays = _logical_weights(tensors, Context(settings, {}))
-    bits = tuple(weight.bits for weight in logical)
-    findings = [*global_scale_findings(tensors), *_unexplained(logical, strays, tensors)]
-    is_exl3 = any(weight.family is not None and weight.family.maker == "EXL3" for weight in logical)
+    return group(tensors, config, quantization_config(directory, config), shards)
+
+
+def group(
+    tensors: Mapping[str, RawTensor],
+    config: dict[str, Any],
+    settings: dict[str, Any],
+    shards: ShardSet | None,
+) -> Contents:
+    """Group tensors into logical weights.
+
+    Args:
+        tensors: by name.
+        config: config.json.
+        settings: the quantization settings.
+        shards: the files, None where they are not here; nothing is read from them then.
+
+    Raises:
+        ModelError: model_corrupt for a shape that its family does not have.
+    """
+    context = Context(settings, {}, readable=shards is not None)
+    logical, strays = _logical_weights(tensors, context)
+    return Contents(config, settings, shards, tensors, tuple(logical), tuple(strays))
+
+
+def measure(contents: Contents) -> StorageReport:
+    """Add up the bits of a checkpoint. Raises ModelError if a scale cannot be read."""
+    bits = tuple(weight.bits for weight in contents.logical)
+    is_exl3 = any(weight.family is not None and weight.family.maker == "EXL3" for weight in contents.logical)
+    tensors = contents.tensors
     return assemble(
         bits,
-        format_line=_format_line(logical, settings),
+        format_line=_format_line(contents.logical, contents.settings),
         container="safetensors",
         disk_bytes=sum(t.bytes for t in tensors.values()),
-        findings=tuple(findings),
-        layer_weights_true=exl3.true_layer_weights(tensors, bits, config) if is_exl3 else None,
+        findings=tuple(map(str, storage_findings(contents))),
+        layer_weights_true=exl3.true_layer_weights(tensors, bits, contents.config) if is_exl3 else None,
     )
+
+
+def storage_findings(contents: Contents) -> list[Finding]:
+    """What the bit accounting comes across by the way: fused NVFP4 scales, tensors it cannot explain."""
+    fused = global_scale_findings(contents.tensors) if contents.shards is not None else []
+    return [*fused, *_unexplained(contents)]
 
 
 def _logical_weights(tensors: Mapping[str, RawTensor], context: Context) -> tuple[list[Logical], list[str]]:
@@ -93,10 +166,11 @@ def _logical_weights(tensors: Mapping[str, RawTensor], context: Context) -> tupl
         family, parts = found
         claimed.update(t.name for t in parts.sidecars.values())
         logical_name = name[: len(name) - len(family.codes)] + family.ending
-        numel = family.weights(parts)
+        shape = family.shape(parts)
         stored = parts.codes.bytes + sum(t.bytes for t in parts.sidecars.values())
-        bits = TensorBits(logical_name, kind_of(logical_name, 2), numel, stored, family.label(parts))
-        quantized[name] = Logical(bits, family)
+        kind, numel = kind_of(logical_name, 2), math.prod(shape)
+        bits = TensorBits(logical_name, kind, numel, stored, family.label(parts))
+        quantized[name] = Logical(bits, shape, family, parts)
     logical: list[Logical] = []
     strays: list[str] = []
     for name, tensor in tensors.items():
@@ -106,7 +180,8 @@ def _logical_weights(tensors: Mapping[str, RawTensor], context: Context) -> tupl
             stray = name.endswith(STRAY_ENDINGS)
             kind = "other" if stray or tensor.dtype in ("BOOL", "I64") else kind_of(name, len(tensor.shape))
             label = PLAIN_LABELS.get(tensor.dtype, tensor.dtype)
-            logical.append(Logical(TensorBits(name, kind, tensor.numel, tensor.bytes, label), None))
+            bits = TensorBits(name, kind, tensor.numel, tensor.bytes, label)
+            logical.append(Logical(bits, tensor.shape))
             if stray:
                 strays.append(name)
     return logical, strays
@@ -132,33 +207,35 @@ def _match(name: str, tensors: Mapping[str, RawTensor], context: Context) -> tup
     return None
 
 
-def _unexplained(logical: list[Logical], strays: list[str], tensors: Mapping[str, RawTensor]) -> list[str]:
+def _unexplained(contents: Contents) -> list[Finding]:
     """Findings about tensors that the table does not explain."""
     findings = []
     unknown = [
         w.bits.name
-        for w in logical
+        for w in contents.logical
         if w.family is None
         and w.bits.kind in ("layer", "head")
-        and tensors[w.bits.name].dtype not in PLAIN_LABELS
+        and contents.tensors[w.bits.name].dtype not in PLAIN_LABELS
     ]
     if unknown:
-        findings.append(
-            f"unknown-packing: {_some(unknown)} hold integers of no known format; "
+        message = (
+            f"{_some(unknown)} hold integers of no known format; "
             "bits per weight count each element as one weight"
         )
-    if strays:
-        findings.append(f"stray-sidecars: {_some(strays)} belong to no quantized weight and are not counted")
+        findings.append(Finding("unknown-packing", unknown[0], message, "warning"))
+    if contents.strays:
+        message = f"{_some(contents.strays)} belong to no quantized weight and are not counted"
+        findings.append(Finding("stray-sidecars", contents.strays[0], message, "warning"))
     return findings
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     """The first few names and how many more there are."""
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _format_line(logical: list[Logical], settings: dict[str, Any]) -> str:
+def _format_line(logical: Sequence[Logical], settings: dict[str, Any]) -> str:
     """One line for the whole checkpoint: the quantized format first, then what else the layers hold."""
     makers = {w.bits.format: w.family for w in logical if w.family is not None}
     layers = shares([w.bits for w in logical])

@@ -99,9 +99,10 @@ def find_shards(directory: Path) -> ShardSet:
     if chosen:
         weight_map = _weight_map(chosen[0])
         files = tuple(directory / name for name in sorted(set(weight_map.values())))
-        for file in files:
-            if not file.is_file():
-                raise corrupt(chosen[0], f"names {file.name}, which is not there")
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+            raise corrupt(chosen[0], f"names {absent[0]}, which is not there{more}", "missing-shard")
         return ShardSet(files, chosen[0], weight_map)
     single = directory / "model.safetensors"
     found = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
@@ -148,7 +149,8 @@ def read_header(path: Path) -> list[RawTensor]:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise corrupt(path, f"truncated: {size} bytes are too few for a safetensors file")
+                what = f"truncated: {size} bytes are too few for a safetensors file"
+                raise corrupt(path, what, "truncated-shard")
             (length,) = struct.unpack("<Q", prefix)
             if length > min(HEADER_BYTES_MAX, size - 8):
                 raise corrupt(path, f"its header claims {length:,} bytes; the file has {size:,}")
@@ -164,13 +166,13 @@ def read_header(path: Path) -> list[RawTensor]:
     if not isinstance(header, dict):
         raise corrupt(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
-    tensors = [_tensor(path, name, entry, 8 + length) for name, entry in header.items()]
+    tensors = [parse_entry(path, name, entry, 8 + length) for name, entry in header.items()]
     _require_no_holes(path, tensors, 8 + length, size)
     return tensors
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> RawTensor:
-    """Check one header entry."""
+def parse_entry(path: Path, name: str, entry: Any, data_start: int) -> RawTensor:
+    """Check one header entry; `data_start` is where the file's tensors begin. Raises ModelError."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         bits = DTYPE_BITS[dtype]
@@ -194,7 +196,8 @@ def _require_no_holes(path: Path, tensors: list[RawTensor], data_start: int, siz
             raise corrupt(path, f'"{clipped(tensor.name)}" overlaps its neighbour or leaves a hole')
         position += tensor.bytes
     if position > size:
-        raise corrupt(path, f"truncated: its header describes {position:,} bytes, the file has {size:,}")
+        what = f"truncated: its header describes {position:,} bytes, the file has {size:,}"
+        raise corrupt(path, what, "truncated-shard")
     if position < size:
         raise corrupt(path, f"{size - position:,} bytes after the last tensor belong to none")
 
@@ -212,9 +215,8 @@ def read_tensors(shards: ShardSet) -> dict[str, RawTensor]:
                 tensors[tensor.name] = tensor
     for name, file_name in shards.weight_map.items():
         if name not in tensors or tensors[name].file.name != file_name:
-            raise corrupt(
-                shards.files[0].parent / file_name, f'lacks "{clipped(name)}", which the index puts here'
-            )
+            what = f'lacks "{clipped(name)}", which the index puts here'
+            raise corrupt(shards.files[0].parent / file_name, what, "missing-tensor")
     return tensors
 
 

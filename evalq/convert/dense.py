@@ -1,0 +1,141 @@
+"""A checkpoint -> the same in plain numbers, one weight at a time.
+
+Quantized weights become `dtype`, and so does everything else that is kept in a 16-bit float; what a model
+keeps in float32 (routers, decay rates) stays. Memory: one shard of the result and one layer.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evalq.convert.shards import SHARD_BYTES, ShardWriter
+from evalq.convert.target import new_directory
+from evalq.errors import SpecError, StoreError
+from evalq.storage.safetensors import QUANTIZATION_FILES, Contents, Logical, read_config
+from evalq.unpack.decode import codes_of, read_weight, require_decodable
+
+DTYPES = ("bfloat16", "float16", "float32")
+# Weights of other containers and indexes of the old shards do not go along.
+_WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".msgpack", ".h5", ".onnx"}
+)
+_LEFT_OUT = frozenset({"config.json", "lora_metadata.json", *QUANTIZATION_FILES})
+# Scales of a quantized KV cache.
+_KV_ENDINGS = (".k_scale", ".v_scale", ".q_scale", ".prob_scale", ".k_zero_point", ".v_zero_point")
+
+Edit = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a conversion wrote: how many weights, how many of them were quantized, bytes of all."""
+
+    weights: int
+    dequantized: int
+    bytes: int
+
+
+def write_dense(
+    contents: Contents,
+    source: Path,
+    target: Path,
+    dtype: str | None = None,
+    edit: Edit = lambda name, tensor: tensor,
+    track: Callable[[Iterable[Logical]], Iterable[Logical]] = iter,
+    shard_bytes: int = SHARD_BYTES,
+) -> Written:
+    """Write a checkpoint directory with dense weights, the tokenizer and a config without quantization.
+
+    Args:
+        contents: headers of the checkpoint.
+        source: its directory.
+        target: the directory to make; it appears when it is complete.
+        dtype: one of DTYPES; None is bfloat16 for a quantized checkpoint, the checkpoint's own for others.
+        edit: called with every weight's name and tensor, quantized ones in float32; what it returns is
+            rounded and written.
+        track: wraps the weights on their way through, to show progress.
+        shard_bytes: of one file of the result.
+
+    Raises:
+        ModelError: unsupported_format or model_corrupt, naming the file and the weight.
+        SpecError: the target exists, or lies inside the source.
+        StoreError: it cannot be written.
+    """
+    if source.resolve() in target.resolve().parents:
+        raise SpecError(f"{target} lies inside {source}", "name a directory elsewhere")
+    require_decodable(contents)
+    quantized = sum(weight.family is not None for weight in contents.logical)
+    if dtype is None and quantized:
+        dtype = "bfloat16"
+    weights = [w for w in contents.logical if not (_is_scale(w, contents) and quantized)]
+    with new_directory(target) as partial, ExitStack() as opened:
+        _require_space(weights, partial)
+        writer = ShardWriter(partial, shard_bytes)
+        for shard, group in groupby(track(weights), key=lambda w: codes_of(w, contents).file):
+            opened.close()
+            file = opened.enter_context(shard.open("rb"))
+            for weight in group:
+                name, tensor = weight.bits.name, read_weight(file, weight, contents, exact=True)
+                rounded = _rounded_to(tensor, weight, dtype)
+                writer.add(name, edit(name, tensor).to(rounded))
+        writer.finish()
+        _copy_files(source, partial)
+        # Last, so that what is there without it is no model to anyone.
+        config = _dense_config(read_config(source), dtype)
+        (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return Written(len(weights), quantized, writer.total_bytes)
+
+
+def _is_scale(weight: Logical, contents: Contents) -> bool:
+    """Whether a plain tensor is a scale that only a quantized model uses."""
+    name = weight.bits.name
+    return weight.family is None and (name in contents.strays or name.endswith(_KV_ENDINGS))
+
+
+def _rounded_to(tensor: torch.Tensor, weight: Logical, dtype: str | None) -> torch.dtype:
+    """The dtype a weight is written in."""
+    is_half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return getattr(torch, dtype) if dtype and (is_half or weight.family is not None) else tensor.dtype
+
+
+def _require_space(weights: list[Logical], directory: Path) -> None:
+    """Raise StoreError before the work if the disk cannot hold the result (two bytes a weight)."""
+    needed, free = sum(2 * w.bits.numel for w in weights), shutil.disk_usage(directory).free
+    if needed > free:
+        raise StoreError(
+            f"the result needs {needed / 2**30:.1f} GiB, {directory.parent} has {free / 2**30:.1f} GiB free",
+            "name a directory on another disk",
+        )
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Tokenizer, chat template, model code, licence: all that is no weight and says nothing about packing."""
+    for path in sorted(source.rglob("*")):
+        inside = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        is_index = path.name.endswith(".index.json")
+        if hidden or is_index or inside.as_posix() in _LEFT_OUT or path.suffix in _WEIGHT_SUFFIXES:
+            continue
+        if path.is_file():
+            (target / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / inside)
+
+
+def _dense_config(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """config.json without its quantization, at both levels, and with the dtype the weights have now."""
+    dense = {
+        key: _dense_config(value, dtype) if key == "text_config" and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in ("quantization_config", "compression_config")
+    }
+    for key in ("dtype", "torch_dtype"):
+        if dtype is not None and key in dense:
+            dense[key] = dtype
+    return dense

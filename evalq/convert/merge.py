@@ -1,0 +1,138 @@
+"""A LoRA adapter merged into its base: W + scaling * B A, one layer at a time.
+
+scaling is alpha / r, or alpha / sqrt(r) for rsLoRA (https://arxiv.org/abs/2312.03732), with the layer's own r
+and alpha where PEFT's patterns set them. The sum is made in float32 and rounded once. A quantized base is
+dequantized on the way: what comes out is dense. Agrees with PEFT's `merge_and_unload`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from evalq.adapter import CONFIG_FILE, FEATURES, WEIGHTS_FILE, Adapter, read_adapter, require_fits
+from evalq.convert.dense import Written, write_dense
+from evalq.convert.dequantize import open_directory
+from evalq.convert.target import require_new
+from evalq.errors import ModelError
+from evalq.storage.problems import clipped, corrupt
+from evalq.storage.safetensors import Contents, Logical
+from evalq.storage.shards import read_json
+
+_KNOWN_FEATURES = ("rslora", "rank_pattern", "alpha_pattern", "lm_head")
+
+
+def merge_lora(
+    base: Path,
+    adapter_path: Path,
+    target: Path,
+    dtype: str | None = None,
+    track: Callable[[Iterable[Logical]], Iterable[Logical]] = iter,
+) -> Written:
+    """Write a dense checkpoint with an adapter merged into it.
+
+    Args:
+        base: a checkpoint directory, dense or of a family that can be dequantized.
+        adapter_path: a PEFT directory.
+        target: the directory to make.
+        dtype: of the weights; None is bfloat16 for a quantized base and the base's own for a dense one.
+        track: wraps the weights on their way through, to show progress.
+
+    Raises:
+        ModelError: bad_adapter for an adapter of another model (naming the module and both shapes) or with a
+            feature that cannot be merged, model_corrupt, model_missing, unsupported_format.
+        SpecError: the target exists.
+        StoreError: it cannot be written.
+    """
+    require_new(target)
+    contents = open_directory(base)
+    adapter = read_adapter(adapter_path)
+    _require_mergeable(adapter)
+    shapes = _linear_shapes(contents)
+    if "lm_head" in adapter.features and "lm_head" not in shapes:
+        raise ModelError(
+            f"adapter {adapter.name} changes lm_head, which is the embedding of {base}: "
+            "merging it would change both",
+            "bad_adapter",
+        )
+    require_fits(adapter, shapes)
+    delta = _Delta(adapter, shapes)
+    return write_dense(contents, base, target, dtype, edit=delta.add, track=track)
+
+
+def _require_mergeable(adapter: Adapter) -> None:
+    if adapter.kind != "peft":
+        raise ModelError(
+            f"{adapter.path} is a GGUF adapter",
+            "bad_adapter",
+            "name the PEFT directory that it was made from",
+        )
+    for feature in adapter.features:
+        if feature not in _KNOWN_FEATURES:
+            raise ModelError(
+                f"adapter {adapter.name} uses {feature} ({FEATURES[feature]}), which cannot be merged here",
+                "bad_adapter",
+                'write a dense base ("evalq dequantize") and merge with PEFT\'s merge_and_unload',
+            )
+
+
+def _linear_shapes(contents: Contents) -> dict[str, tuple[int, int]]:
+    """Module -> [out, in] of every matrix."""
+    return {
+        weight.bits.name.removesuffix(".weight"): (weight.shape[0], weight.shape[1])
+        for weight in contents.logical
+        if len(weight.shape) == 2 and weight.bits.name.endswith(".weight")
+    }
+
+
+class _Delta:
+    """What an adapter adds to each weight."""
+
+    def __init__(self, adapter: Adapter, base_shapes: Mapping[str, tuple[int, int]]) -> None:
+        self._config = read_json(adapter.path / CONFIG_FILE)
+        self._tensors: dict[str, torch.Tensor] = load_file(adapter.path / WEIGHTS_FILE)
+        self._modules = adapter.shapes
+        for module in self._modules:
+            if module not in base_shapes:
+                raise ModelError(
+                    f"adapter {adapter.name} names {clipped(module)}, which the base's files call otherwise",
+                    "bad_adapter",
+                    "save the base with the transformers version that trained the adapter",
+                )
+            for tensor in self._names(module):
+                if tensor not in self._tensors:
+                    raise corrupt(adapter.path / WEIGHTS_FILE, f'has no "{clipped(tensor)}"')
+
+    def add(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight, in float32 with its part of the adapter if it has one."""
+        module = name.removesuffix(".weight")
+        if module not in self._modules:
+            return weight
+        a_RI, b_OR = (self._tensors[tensor].float() for tensor in self._names(module))
+        delta = b_OR @ a_RI * self._scaling(module, a_RI.shape[0])
+        if self._config.get("fan_in_fan_out"):
+            delta = delta.T
+        if delta.shape != weight.shape:
+            raise ModelError(
+                f"{clipped(module)} is {list(weight.shape)} in the base, {list(delta.shape)} in the adapter",
+                "bad_adapter",
+            )
+        return weight.float() + delta
+
+    def _names(self, module: str) -> list[str]:
+        """A and B as PEFT's files name them."""
+        return [f"base_model.model.{module}.lora_{part}.weight" for part in "AB"]
+
+    def _scaling(self, module: str, rank: int) -> float:
+        alpha = float(_by_pattern(self._config.get("alpha_pattern"), module, self._config["lora_alpha"]))
+        return alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank
+
+
+def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
+    """The value of the first pattern that the module's name ends with, as PEFT matches them."""
+    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(found, default)

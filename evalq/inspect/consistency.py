@@ -1,0 +1,106 @@
+"""Is a checkpoint what it says? Files, shapes, declared format and scales against each other.
+
+From headers alone it takes well under a second, so it can run before every scoring; `deep` also reads the
+values of the scales. Every fault is a `Finding` with the tensor it is about; faults of one kind in many
+layers are one finding that counts them.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from evalq.checkpoint import Checkpoint
+from evalq.inspect.declared import declared_findings
+from evalq.inspect.lora import lora_findings
+from evalq.inspect.packing import packing_findings
+from evalq.inspect.scale_values import scale_value_findings
+from evalq.inspect.shapes import shape_findings
+from evalq.inspect.source import Source, open_local
+from evalq.storage.findings import Finding
+from evalq.storage.problems import DamagedFile
+from evalq.storage.safetensors import storage_findings
+
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+# Copies of the same weights in another layout, which Mistral's repositories carry beside the shards.
+_COPIES = ("consolidated", "adapter_", "original")
+
+
+def check(model: Path | Checkpoint, deep: bool = False) -> list[Finding]:
+    """Check a checkpoint.
+
+    Args:
+        model: a directory, a GGUF file, or what `open_checkpoint` made of it.
+        deep: read the values of the scales too, in bounded memory.
+
+    Returns:
+        The findings, errors first; a damaged file is one of them, and then the only one.
+
+    Raises:
+        ModelError: model_missing or unsafe_checkpoint, where there is no checkpoint to check.
+    """
+    path = model.path if isinstance(model, Checkpoint) else model
+    try:
+        return check_source(open_local(path), deep)
+    except DamagedFile as error:
+        return [Finding(error.finding, error.path.name, error.message, "error")]
+
+
+def check_source(source: Source, deep: bool = False) -> list[Finding]:
+    """Check a model whose headers are read already. Raises ModelError as `check` does."""
+    findings = [*lora_findings(source), *shape_findings(source)]
+    if not source.storage.disk_bytes:
+        findings.append(Finding("no-weights", source.name, f"{source.name} holds no weights", "error"))
+    if source.contents is not None:
+        packing = list(packing_findings(source.contents))
+        found = storage_findings(source.contents)
+        if any(finding.name == "missing-scale" for finding in packing):
+            found = [finding for finding in found if finding.name != "unknown-packing"]
+        findings += [*found, *packing, *declared_findings(source), *_file_findings(source)]
+        if deep and source.contents.shards is not None:
+            findings += scale_value_findings(source.contents)
+    return sorted(_merged(findings), key=lambda finding: finding.severity != "error")
+
+
+def _merged(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """The first of all that differ in nothing but numbers in the tensor's name, with their count."""
+    alike: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for finding in findings:
+        alike[finding.name, re.sub(r"\d+", "*", finding.tensor)].append(finding)
+    for first, *others in alike.values():
+        more = f"; {len(others)} more like it" if others else ""
+        yield replace(first, message=first.message + more)
+
+
+def _file_findings(source: Source) -> Iterator[Finding]:
+    """Shards that nothing names, shards that a number says are missing, tensors that the index leaves out."""
+    assert source.contents is not None
+    shards = source.contents.shards
+    if shards is None:
+        return
+    directory, known = shards.files[0].parent, {file.name for file in shards.files}
+    for file in sorted(directory.glob("*.safetensors")):
+        if file.name not in known and not file.name.startswith(_COPIES):
+            by = "the index does not name it" if shards.index else "model.safetensors is read instead"
+            message = f"{file.name} lies beside the weights and is not loaded: {by}"
+            yield Finding("extra-shard", file.name, message, "warning")
+    if shards.index is None:
+        yield from _missing_numbers(known)
+        return
+    unlisted = [name for name in source.contents.tensors if name not in shards.weight_map]
+    for name in unlisted:
+        message = f"{name} is in {source.contents.tensors[name].file.name} and not in {shards.index.name}"
+        yield Finding("unlisted-tensor", name, message, "warning")
+
+
+def _missing_numbers(names: Iterable[str]) -> Iterator[Finding]:
+    """Gaps in NAME-00001-of-0000N.safetensors where no index tells which shards there should be."""
+    matches = [match for name in sorted(names) if (match := _NUMBERED.fullmatch(name))]
+    for match in matches[:1]:
+        expected = {
+            f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
+            for number in range(1, int(match["count"]) + 1)
+        }
+        for name in sorted(expected - set(names)):
+            yield Finding("missing-shard", name, f"{name} is not there, and the others count it", "error")

@@ -1,0 +1,129 @@
+"""The declared format against the tensors: what a config says and what the files hold.
+
+Engines choose their kernels by the config and look for tensors of that format; one that is not there is left
+as it was initialised, or the load fails. Names of methods and formats are those of transformers' quantizers
+(https://huggingface.co/docs/transformers/main_classes/quantization) and compressed-tensors.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from evalq.inspect.layers import UNQUANTIZED, Part, is_language_model, part_of
+from evalq.inspect.source import Source, config_groups
+from evalq.storage.findings import Finding
+from evalq.storage.safetensors import Logical
+
+# What a format's weights are called, as the beginning of `TensorBits.format`, and whether they are packed.
+_COMPRESSED_FORMATS = {
+    "pack-quantized": ("INT", True),
+    "int-quantized": ("INT8", False),
+    "float-quantized": ("FP8", False),
+    "nvfp4-pack-quantized": ("NVFP4", True),
+    "mxfp4-pack-quantized": ("MXFP4", True),
+    "mxfp8-quantized": ("MXFP8", False),
+}
+_METHODS = {
+    "gptq": ("GPTQ",), "awq": ("AWQ",), "exl3": ("EXL3",), "bitsandbytes": ("bitsandbytes",),
+    "mxfp4": ("MXFP4",), "fp8": ("FP8", "MXFP8"),
+}  # fmt: skip
+_QUANTIZED_PARTS: tuple[Part, ...] = ("attention", "MLP", "experts", "shared experts")
+
+
+def declared_findings(source: Source) -> Iterator[Finding]:
+    """Contradictions between the quantization config and the tensors."""
+    assert source.contents is not None
+    quantized = [weight for weight in source.contents.logical if weight.family is not None]
+    settings = source.settings
+    if not settings:
+        if quantized:
+            first = quantized[0]
+            message = f"{first.bits.name} is {first.bits.format}; no quantization config says so"
+            yield Finding("undeclared-format", first.bits.name, message, "error")
+        return
+    if not quantized:
+        yield from _all_plain(source)
+        return
+    for weight in quantized:
+        if not _is_declared(weight, settings):
+            message = (
+                f"{weight.bits.name} is {_spelled(weight)}; the config declares {_declaration(settings)}"
+            )
+            yield Finding("declared-format", weight.bits.name, message, "error")
+    yield from _not_ignored(source.contents.logical, settings)
+
+
+def _declaration(settings: dict[str, Any]) -> str:
+    """What a config declares, in a few words."""
+    words = (settings.get("quant_method"), settings.get("format"), settings.get("quant_algo"))
+    return " ".join(str(word) for word in words if word) or "a quantized format"
+
+
+def _spelled(weight: Logical) -> str:
+    maker = weight.family.maker if weight.family is not None else ""
+    return weight.bits.format if weight.bits.format.startswith(maker) else f"{maker} {weight.bits.format}"
+
+
+def _all_plain(source: Source) -> Iterator[Finding]:
+    """A config that declares a format none of the weights has."""
+    settings = source.settings
+    # bitsandbytes quantizes plain weights while it loads them; the others mean what is in the files.
+    status, method = settings.get("quantization_status"), settings.get("quant_method")
+    if method == "bitsandbytes" or status not in (None, "compressed") or settings.get("format") == "dense":
+        return
+    plain = [t for t in source.storage.tensors if t.kind == "layer" and t.format in UNQUANTIZED]
+    if plain:
+        message = f"the config declares {_declaration(settings)}; {plain[0].name} is {plain[0].format}"
+        yield Finding("declared-format", plain[0].name, f"{message}, and no weight is quantized", "error")
+
+
+def _is_declared(weight: Logical, settings: dict[str, Any]) -> bool:
+    """Whether a quantized weight is of a declared format; True where the config names one unknown here."""
+    method = str(settings.get("quant_method"))
+    if method != "compressed-tensors":
+        wanted = _METHODS.get(method)
+        return wanted is None or _spelled(weight).startswith(wanted)
+    formats = _formats(settings)
+    if not formats or not formats <= _COMPRESSED_FORMATS.keys():
+        return True
+    assert weight.parts is not None
+    packed = weight.parts.codes.name.endswith("_packed")
+    return any(
+        _spelled(weight).startswith(start) and packed == is_packed
+        for start, is_packed in map(_COMPRESSED_FORMATS.__getitem__, formats)
+    )
+
+
+def _formats(settings: dict[str, Any]) -> set[str]:
+    """Formats of a compressed-tensors config: those of its groups, else the one for all."""
+    own = {str(group["format"]) for group in config_groups(settings) if group.get("format")}
+    return own or ({str(settings["format"])} if settings.get("format") else set())
+
+
+def _not_ignored(logical: tuple[Logical, ...], settings: dict[str, Any]) -> Iterator[Finding]:
+    """Plain linear layers that a compressed-tensors config neither quantizes nor ignores."""
+    targets = [group.get("targets") for group in config_groups(settings)]
+    if not targets or any(one != ["Linear"] for one in targets):
+        return
+    ignore = settings.get("ignore")
+    entries = ignore if isinstance(ignore, list) else []
+    for weight in logical:
+        name = weight.bits.name
+        plain = weight.bits.format in UNQUANTIZED and len(weight.shape) == 2 and name.endswith(".weight")
+        if not plain or part_of(weight.bits) not in _QUANTIZED_PARTS or not is_language_model(name):
+            continue
+        if not any(_matches(str(entry), name.removesuffix(".weight")) for entry in entries):
+            message = f"{name} is {weight.bits.format}; the config quantizes every Linear it does not ignore"
+            yield Finding("unquantized-not-ignored", name, message, "warning")
+
+
+def _matches(entry: str, module: str) -> bool:
+    """Whether an entry of "ignore" covers a module: a name, or "re:" and a pattern."""
+    if entry.startswith("re:"):
+        try:
+            return re.search(entry[3:], module) is not None
+        except re.error:
+            return False
+    # Prefixes differ between releases of transformers ("model.language_model.", "language_model.model.").
+    tail = entry.partition("layers.")[2]
+    return module == entry or bool(tail) and tail == module.partition("layers.")[2]

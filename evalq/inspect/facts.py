@@ -1,0 +1,170 @@
+"""What a person asks about a checkpoint first: architecture, size, scheme, context, head, KV cache."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evalq.checkpoint import POSITION_KEYS
+from evalq.inspect.layers import UNQUANTIZED, part_of
+from evalq.inspect.source import Source, config_groups
+from evalq.storage.kinds import is_buffer
+from evalq.storage.report import TensorBits
+
+_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts")
+_ACTIVE = ("num_experts_per_tok", "experts_per_token", "moe_topk")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One checkpoint in a few values; None is what it does not say.
+
+    Args:
+        architecture: the class of transformers, or GGUF's name of it.
+        parameters: weights, padding included where the file stores padding.
+        active_parameters: those that one token passes through, of a mixture of experts.
+        scheme: format and scheme in one line.
+        activations: what the format does to activations.
+        kv_cache: how the checkpoint wants the KV cache stored.
+        context_length: longest input in tokens.
+        layers: number of blocks.
+        hidden: width of the residual stream.
+        heads: of the attention.
+        kv_heads: heads of keys and values.
+        experts: of every layer.
+        vocabulary: rows of the embedding by the configuration.
+        tied_head: the head is the embedding.
+    """
+
+    architecture: str | None
+    parameters: int
+    active_parameters: int | None
+    scheme: str
+    activations: str
+    kv_cache: str
+    context_length: int | None
+    layers: int | None
+    hidden: int | None
+    heads: int | None
+    kv_heads: int | None
+    experts: int | None
+    vocabulary: int | None
+    tied_head: bool
+
+
+def facts_of(source: Source) -> Facts:
+    """The facts of a model, from its headers and configuration."""
+    if source.gguf:
+        return _gguf_facts(source)
+    experts = source.integer(*_EXPERTS)
+    architectures = source.config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    name = next(iter(names), source.config.get("model_type"))
+    return Facts(
+        architecture=None if name is None else str(name),
+        parameters=_parameters(source.storage.tensors),
+        active_parameters=_active(source, experts, source.integer(*_ACTIVE)),
+        scheme=scheme_line(source),
+        activations=_activations(source.settings),
+        kv_cache=_kv_cache(source),
+        context_length=source.integer(*POSITION_KEYS),
+        layers=source.integer("num_hidden_layers", "n_layer", "num_layers"),
+        hidden=source.integer("hidden_size", "n_embd", "d_model"),
+        heads=source.integer("num_attention_heads", "n_head"),
+        kv_heads=source.integer("num_key_value_heads"),
+        experts=experts,
+        vocabulary=source.integer("vocab_size"),
+        tied_head=source.storage.tied_head,
+    )
+
+
+def _gguf_facts(source: Source) -> Facts:
+    """The same of a GGUF model, from its settings."""
+
+    def setting(name: str) -> int | None:
+        value = source.gguf_setting(name)
+        return value if type(value) is int and value > 0 else None
+
+    experts = setting("expert_count")
+    tokens = source.gguf[0].array_lengths.get("tokenizer.ggml.tokens")
+    return Facts(
+        architecture=source.gguf[0].metadata.get("general.architecture"),
+        parameters=_parameters(source.storage.tensors),
+        active_parameters=_active(source, experts, setting("expert_used_count")),
+        scheme=source.storage.format,
+        activations="not quantized by the file",
+        kv_cache="chosen when it is run",
+        context_length=setting("context_length"),
+        layers=setting("block_count"),
+        hidden=setting("embedding_length"),
+        heads=setting("attention.head_count"),
+        kv_heads=setting("attention.head_count_kv"),
+        experts=experts,
+        vocabulary=tokens or setting("vocab_size"),
+        tied_head=source.storage.tied_head,
+    )
+
+
+def _parameters(tensors: tuple[TensorBits, ...]) -> int:
+    """Weights that a training step would change: no masks, tables or left-over scales."""
+    return sum(t.numel for t in tensors if _is_parameter(t))
+
+
+def _is_parameter(tensor: TensorBits) -> bool:
+    if tensor.kind != "other":
+        return True
+    return tensor.format in UNQUANTIZED and not is_buffer(tensor.name) and "scale" not in tensor.name
+
+
+def _active(source: Source, experts: int | None, used: int | None) -> int | None:
+    """Parameters that one token passes through; None without experts."""
+    if not experts or not used:
+        return None
+    routed = sum(t.numel for t in source.storage.tensors if part_of(t) == "experts")
+    return _parameters(source.storage.tensors) - routed + routed * used // experts if routed else None
+
+
+def scheme_line(source: Source) -> str:
+    """Format and scheme: "compressed-tensors pack-quantized INT4, group 128, symmetric"."""
+    if source.gguf or source.storage.format.startswith("EXL3"):
+        return source.storage.format
+    first, *others = source.storage.format.split(", ")
+    first = re.sub(r" (group|block|channel|tensor|symmetric|asymmetric)\b", r", \1", first)
+    return f"{first}; also {', '.join(others)}" if others else first
+
+
+def _activations(settings: Mapping[str, Any]) -> str:
+    """What the format does to the inputs of quantized layers."""
+    schemes = [group.get("input_activations") for group in config_groups(settings)]
+    found = sorted({_arguments_line(scheme) for scheme in schemes if isinstance(scheme, dict)})
+    if found:
+        return "; ".join(found)
+    if settings.get("quant_method") == "fp8":
+        return f"FP8, {settings.get('activation_scheme', 'dynamic')}"
+    algorithm = str(settings.get("quant_algo") or "")
+    if algorithm in ("NVFP4", "FP8"):
+        return algorithm
+    return "not quantized"
+
+
+def _kv_cache(source: Source) -> str:
+    """The KV cache that the checkpoint asks for, and whether its scales are in the files."""
+    scheme, algorithm = source.settings.get("kv_cache_scheme"), source.settings.get("kv_cache_quant_algo")
+    scales = sum(t.name.endswith(".k_scale") for t in source.storage.tensors)
+    asked = _arguments_line(scheme) if isinstance(scheme, dict) else str(algorithm or "")
+    if not asked:
+        return f"scales of {scales} layers in the files, no scheme declared" if scales else "not quantized"
+    return f"{asked}, scales of {scales} layers in the files" if scales else asked
+
+
+def _arguments_line(scheme: Mapping[str, Any]) -> str:
+    """Quantization arguments of compressed-tensors, or of ModelOpt's copy of them, in a few words."""
+    bits, kind = scheme.get("num_bits"), scheme.get("type")
+    name = f"{'FP' if kind == 'float' else 'INT'}{bits}"
+    dynamic = scheme.get("dynamic")
+    timing = ("dynamic" if dynamic else "static") if isinstance(dynamic, bool) else str(dynamic or "")
+    group = scheme.get("group_size")
+    grouping = (
+        f"group {group}" if group else f"per {scheme.get('strategy')}" if scheme.get("strategy") else ""
+    )
+    return ", ".join(part for part in (name, timing, grouping) if part)

@@ -1,0 +1,28 @@
+"""What a person should know before trusting a checkpoint's scores."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault of a checkpoint.
+
+    Args:
+        name: stable and short, "scale-not-finite".
+        tensor: the tensor, module or file it is about; of several the first.
+        message: one line that names it too, and how many more have the same fault.
+        severity: "error" where the files contradict themselves or their config, so that no engine can get
+            this model right; "warning" where some engines go wrong or a person should look.
+    """
+
+    name: str
+    tensor: str
+    message: str
+    severity: Severity
+
+    def __str__(self) -> str:
+        """As notes of a result show it."""
+        return f"{self.name}: {self.message}"
