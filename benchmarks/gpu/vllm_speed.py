@@ -3,9 +3,9 @@
     python benchmarks/gpu/vllm_speed.py run --model CHECKPOINT --tokens STORE --work DIR
 
 Every side scores the same windows of token ids, in a process of its own: one pass to warm up, then the median
-of three. Engine settings are the same too: steps of 2048 tokens, evalq's default, and for the sides called
-"wide" of 16384, vLLM's own default on such a GPU. `--tokens` names the store of a comparison, whose token
-stream is used. The peers:
+of three. Steps are of 16384 tokens, the default of vLLM and of evalq for a small vocabulary on such a GPU,
+and for the sides called "narrow" of 2048, evalq's default where memory is short. `--tokens` names the store
+of a comparison, whose token stream is used. The peers:
 
 - lm-eval: `VLLM._loglikelihood_tokens`, the scoring under its loglikelihood_rolling, given one token as
   context and the rest as continuation
@@ -39,17 +39,15 @@ from evalq.backends._vllm_engine import set_environment
 from evalq.environment import environment
 
 TIMED_PASSES = 3
-# Steps of one window, as evalq's backend sets them for windows of 2048 tokens, and of eight.
-STEP = {"max_num_batched_tokens": 2048, "max_num_seqs": 2}
-WIDE = {"max_num_batched_tokens": 16384, "max_num_seqs": 16}
+NARROW = {"max_num_batched_tokens": 2048, "max_num_seqs": 2}
 EAGER = {"enable_prefix_caching": False, "enforce_eager": True}
 # Side -> engine settings; the backend has those of EAGER by itself. Peers follow the evalq of their step.
 SIDES: dict[str, dict[str, Any]] = {
-    "evalq": STEP,
-    "lm-eval": STEP | EAGER,
-    "top20": STEP | EAGER,
-    "evalq-wide": WIDE,
-    "lm-eval-wide": WIDE | EAGER,
+    "evalq": {},
+    "lm-eval": EAGER,
+    "top20": EAGER,
+    "evalq-narrow": NARROW,
+    "lm-eval-narrow": NARROW | EAGER,
 }
 
 
@@ -105,7 +103,7 @@ def side(arguments: argparse.Namespace) -> dict[str, Any]:
     set_environment(None)
     windows = windows_WT(np.load(arguments.ids), EVAL_LEN, arguments.windows)
     makers = {"evalq": evalq_side, "lm-eval": lm_eval_side, "top20": top20_side}
-    make = makers[arguments.command.removesuffix("-wide")]
+    make = makers[arguments.command.removesuffix("-narrow")]
     llm, one_pass = make(arguments.model, windows, arguments.settings)
     loaded = allocated_bytes()
     result = measured(one_pass, windows.shape[0] * (EVAL_LEN - 1), loaded, TIMED_PASSES)
@@ -136,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
             summary["failed"].append(name)
             continue
         summary["sides"][name] = result
-        same = "evalq-wide" if name.endswith("-wide") else "evalq"
+        same = "evalq-narrow" if name.endswith("-narrow") else "evalq"
         ours = summary["sides"].get(same, result)["tokens_per_second"]
         ratio = result["evalq_times_as_fast"] = ours / result["tokens_per_second"]
         ppl, speed = result["ppl"], result["tokens_per_second"]
