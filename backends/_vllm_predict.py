@@ -4,7 +4,7 @@ import re
 
 from evalq.backend import LoadRequest, Machine, Prediction
 from evalq.backends._vllm_options import Hardware, step_tokens_for, utilization_for
-from evalq.memory.gpus import Gpu
+from evalq.memory.gpus import gpu_reported
 from evalq.memory.plan import PlanSettings, plan
 from evalq.memory.shape import read_shape
 
@@ -14,14 +14,14 @@ def predict(request: LoadRequest, machine: Machine) -> Prediction | None:
     version = re.match(r"(\d+)\.(\d+)", machine.versions.get("vllm", ""))
     if not machine.gpus or version is None:
         return None
-    name, total_gib = min(machine.gpus, key=lambda gpu: gpu[1])
+    gpu = gpu_reported(*min(machine.gpus, key=lambda gpu: gpu[1]))
     options, shape = request.options, read_shape(str(request.path))
-    hardware = Hardware(False, len(machine.gpus), int(total_gib * 2**30), name, None)
+    hardware = Hardware(False, len(machine.gpus), int(gpu.total_gib * 2**30), gpu.name, None)
     step_tokens = options.get("max_num_batched_tokens", step_tokens_for(hardware, shape.vocab))
     share = utilization_for(hardware.memory_bytes, shape.vocab, step_tokens)
     planned = plan(
         shape,
-        Gpu(name, total_gib),
+        gpu,
         PlanSettings(
             tp=options.get("tensor_parallel_size", 1),
             pp=options.get("pipeline_parallel_size", 1),

@@ -46,7 +46,8 @@ SHOWN = {
     **{f"GGUF {name}": ("GGUF", f"GGUF {name}") for name in GGUF_TYPES},
     **{f"EXL3 {rate}": ("EXL3", f"EXL3 {rate}") for rate in EXL3_RATES},
 }
-CHARTS: dict[str, dict[str, Any]] = {"bpw": {"max_x": 9.0}, "vram": {"max_x": 0.3}}
+# 2-bit k-quants of a model this small are far off: they are named under the axes.
+CHARTS: dict[str, dict[str, Any]] = {"bpw": {"max_x": 9.0, "max_y": 60}, "vram": {"max_x": 0.3, "max_y": 60}}
 INTRODUCTION = """Written by `benchmarks/shootout.py draw`; [shootout.json](shootout.json) holds every record.
 {caption}.
 
@@ -54,7 +55,10 @@ The model is SmolLM2-135M-Instruct, dequantized from its Q4_1 GGUF file and padd
 128, which leaves its function unchanged: EXL3 and groups of 128 need that, and k-quants need rows of 256 (768
 and 1536 here; with the model's own rows of 576 most of them fall back to other types). The zeros count as
 weights in every format alike. EXL3 is calibrated; all others are rounded without calibration or importance
-matrix. A model this small loses far more in 4 bits than one of billions of weights does.
+matrix. A model this small loses far more in 4 bits than one of billions of weights does. And because its
+weights come from Q4_1 blocks (16 values for each 32 weights), Q4_K finds nearly the same values again:
+Q4_K_M is flattered here, Q5_K_M and Q6_K have no such luck. This shows how to compare, not which format is
+best.
 
 ![Perplexity against bits per weight](../images/shootout-bpw-light.png)
 ![Perplexity against VRAM](../images/shootout-vram-light.png)

@@ -96,9 +96,8 @@ def test_shipped_model_spec(name: str) -> None:
 
 
 def test_shipped_model_specs_can_be_compared_together() -> None:
-    assert {"nvfp4.json", "int4.json", "fp8.json", "exl3.json", "gguf.json", "bf16.json"} <= set(
-        SHIPPED_MODELS
-    )
+    formats = "nvfp4 mxfp4 int4 int8 fp8 awq gptq exl3 gguf bf16"
+    assert {f"{name}.json" for name in formats.split()} <= set(SHIPPED_MODELS)
     require_unique_labels([s for name in SHIPPED_MODELS for s in load_model_specs(ROOT / "specs" / name)])
 
 

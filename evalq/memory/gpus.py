@@ -33,6 +33,8 @@ class Gpu:
         return self.total_gib >= 70 and "A100" not in self.name.upper()
 
 
+# What ECC and the driver keep of the size that nvidia-smi names: 0.47 on an H100, 0.60 on an H200.
+DRIVER_GIB = 0.55
 _VLLM = "https://github.com/vllm-project/vllm/issues/"
 GPUS = (
     Gpu("H200", 139.80, "measured"),
@@ -69,6 +71,15 @@ def gpu_named(name: str) -> Gpu:
         return gpu_named(_ALIASES[wanted])
     known = ", ".join(gpu.name for gpu in GPUS)
     raise SpecError(f'unknown GPU "{name}"', f"one of {known}; or its memory with --gpu-memory GIB")
+
+
+def gpu_reported(name: str, driver_gib: float) -> Gpu:
+    """A GPU by the driver's words ("NVIDIA H100 80GB HBM3", 79.65), with the memory CUDA sees of it."""
+    for gpu in GPUS:
+        family = _plain(gpu.name.removeprefix("RTX-").split("-")[0])
+        if family in _plain(name) and 0.98 < gpu.total_gib / driver_gib <= 1:
+            return gpu
+    return Gpu(name, driver_gib - DRIVER_GIB)
 
 
 def _plain(name: str) -> str:

@@ -35,7 +35,7 @@ def test_a_plan_reads_like_a_bill(llama, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "GPU 79.18" in out
     assert "- weights 14.99 exact: 14.96 in the files + 0.03 RoPE tables" in out
-    assert "- peak activation 4.53 4.77 5.02 estimate: 16,384 tokens at once, 1,024 sequences" in out
+    assert "- peak activation 4.53 4.77 5.05 estimate: 16,384 tokens at once, 1,024 sequences" in out
     assert "131,072 bytes per token (16 bits)" in out
     assert "fits: 14.99 GiB of weights" in out
     assert "CUDA graphs" not in out
@@ -217,3 +217,13 @@ def test_the_original_stays_as_it_was(llama, tmp_path):
     run(str(llama), "--gpu", "H100", "--json")
     assert before == sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in llama.iterdir())
     shutil.rmtree(llama)
+
+
+def test_a_gpu_as_the_driver_names_it():
+    from evalq.memory.gpus import DRIVER_GIB, gpu_named, gpu_reported
+
+    assert gpu_reported("NVIDIA H100 80GB HBM3", 79.65) == gpu_named("H100")
+    assert gpu_reported("NVIDIA H200", 140.4) == gpu_named("H200")
+    assert gpu_reported("NVIDIA A100-SXM4-40GB", 40.0) == gpu_named("A100-40GB")
+    unknown = gpu_reported("NVIDIA RTX 2000 Ada", 16.0)
+    assert unknown.total_gib == 16.0 - DRIVER_GIB
