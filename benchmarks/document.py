@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpu_document import speed_section
+
 INTRODUCTION = """\
 # Benchmarks
 
@@ -86,5 +88,6 @@ def write_document(
         measured = {name: cases[name] for name in names if name in cases}
         if measured:
             lines += _section(TITLES[section], measured)
+    lines += speed_section(path.parent / "results" / "vllm-h200.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
