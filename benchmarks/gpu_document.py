@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_document.py --work DIR
 
-DIR is that of benchmarks/gpu/vllm_truth.py and vllm_speed.py. Keeps its results in docs/results/vllm-h200.json
-and writes the tables into docs/vllm.md between its marks; the speed is in docs/benchmarks.md too.
+DIR is that of benchmarks/gpu/vllm_truth.py and vllm_speed.py. Its results are kept in
+docs/results/vllm-h200.json, and the tables written into docs/vllm.md between its marks; the speed is in
+docs/benchmarks.md too.
 """
 
 import argparse
@@ -35,8 +36,8 @@ def speed_section(results: Path) -> list[str]:
         "## vLLM on a GPU",
         "",
         f"One {gpu}, vLLM {versions['vllm']}, lm-eval {versions['lm_eval']}, {speed['windows']} windows of "
-        f"{speed['window_tokens']} tokens, SmolLM2-135M-Instruct padded by `demo/pad.py`, BF16. All sides have",
-        "the same engine settings (steps of 16384 tokens, or 2048 where named) and give the same perplexity; "
+        f"{speed['window_tokens']} tokens, SmolLM2-135M-Instruct padded by `demo/pad.py`, BF16. All sides",
+        "have the same engine settings (steps of 16384 tokens, or 2048 where named) and the same perplexity; "
         "median of three warm passes.",
         "`python benchmarks/gpu/vllm_speed.py run ...` measures them (see its first lines), "
         "`python benchmarks/gpu_document.py` writes this.",

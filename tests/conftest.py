@@ -15,6 +15,9 @@ from safetensors.numpy import save_file
 
 from evalq.cli import compare_main
 
+# huggingface_hub reads it once, when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 ROOT = Path(__file__).parents[1]
 MODELS = Path(os.environ.get("EVALQ_TEST_MODELS", ROOT / "models" / "smollm2")).resolve()
 

@@ -471,8 +471,8 @@ def test_fp8_and_int8_run_on_a_cpu(real: VllmRuns) -> None:
     code, records = real.runs.compare(real.data, models)
     assert code == 0, [record["error"] for record in records]
     for ours, theirs in (records[:2], records[2:]):
-        assert ours["ppl"] == pytest.approx(theirs["ppl"], rel=0.01)
-        assert np.median(np.abs(real.logprob(ours) - real.logprob(theirs))) < 0.1
+        assert ours["ppl"] == pytest.approx(theirs["ppl"], rel=0.02)
+        assert np.median(np.abs(real.logprob(ours) - real.logprob(theirs))) < 0.2
     assert "INT8" in records[2]["format"]
 
 
