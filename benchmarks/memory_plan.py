@@ -74,6 +74,15 @@ MEASURED = (
         122_368,
     ),
 )
+# Runs of `benchmarks/gpu/vllm_truth.py` in docs/results/vllm-h200.json, with steps of 16384 tokens.
+H200_RESULTS = Path(__file__).parents[1] / "docs" / "results" / "vllm-h200.json"
+H200_RUNS = {
+    "BF16 vLLM": "SmolLM2-135M-padded",
+    "FP8 vLLM": "SmolLM2-135M-padded-fp8",
+    "INT4 g128 vLLM": "SmolLM2-135M-padded-w4a16",
+    "NVFP4 A16 vLLM": "SmolLM2-135M-padded-nvfp4",
+}
+H200_SETTINGS = replace(HALF, max_len=2049, max_num_seqs=16, max_num_batched_tokens=16384)
 OUTCOMES = (
     Outcome("DeepSeek-R1", H100, SORTS, "out of memory while loading", "does_not_load"),
     Outcome("gpt-oss-20b", H100, SORTS, "runs", "fits"),
@@ -171,6 +180,32 @@ def given(row: Measured, shapes: dict[str, ModelShape]) -> Plan:
     return plan(shapes[row.model], row.gpu, settings)
 
 
+def h200_memory() -> dict[str, dict[str, float]]:
+    """Label -> what the engine reported, GiB."""
+    found: dict[str, dict[str, float]] = json.loads(H200_RESULTS.read_text())["agreement"]["vllm_memory"]
+    return {label: found[label] for label in H200_RUNS}
+
+
+def print_h200() -> None:
+    """Predicted and measured for the runs on an H200, unrounded."""
+    print()
+    print("| model | weights | planned | activation | planned | non-torch | planned | KV cache | planned |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for label, used in h200_memory().items():
+        planned = plan(shape(H200_RUNS[label]), H200, H200_SETTINGS)
+        cells = [f"{used['weights_gib']:.3f}", f"{planned.weights_gib:.3f}"]
+        for key, estimate in (
+            ("peak_activation_gib", planned.activation),
+            ("non_torch_gib", planned.non_torch),
+            ("kv_cache_gib", planned.kv_gib),
+        ):
+            cells += [
+                f"{used[key]:.2f}",
+                f"{estimate.expected:.2f} ({estimate.low:.2f} to {estimate.high:.2f})",
+            ]
+        print(f"| {label} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     """Print the tables."""
     shapes = {row.model: shape(row.model) for row in (*MEASURED, *OUTCOMES)}
@@ -210,6 +245,7 @@ def main() -> None:
             f"| {_name(outcome.model, outcome.settings)} | {outcome.gpu.name} | {outcome.happened} "
             f"| {planned.verdict} | {right} |"
         )
+    print_h200()
 
 
 def _name(model: str, settings: PlanSettings) -> str:

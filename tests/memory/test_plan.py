@@ -185,3 +185,14 @@ def test_everything_is_json(tmp_path):
     assert sum(read["weights_parts_gib"][k] for k in ("files", "padding", "rope", "derived", "lora")) == (
         pytest.approx(read["weights_gib"], abs=1e-3)
     )
+
+
+@pytest.mark.parametrize("label", measured.H200_RUNS)
+def test_an_h200_used_what_was_predicted(label):
+    used = measured.h200_memory()[label]
+    planned = plan(shape(measured.H200_RUNS[label]), measured.H200, measured.H200_SETTINGS)
+    # The allocator rounds every tensor up: 8 MB in all.
+    assert 0 <= used["weights_gib"] - planned.weights_gib < 0.01
+    assert planned.activation.low <= used["peak_activation_gib"] <= planned.activation.high
+    assert planned.non_torch.low <= used["non_torch_gib"] <= planned.non_torch.high
+    assert planned.kv_gib.low <= used["kv_cache_gib"] <= planned.kv_gib.high
