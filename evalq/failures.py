@@ -125,6 +125,9 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
 )
 
 
+_TELLS_AN_ERROR = re.compile(r"\w(Error|Exception)\b|\b[Ee]rror\b|out of memory|[Ff]ailed|terminate called")
+
+
 def classify(text: str, stage: str) -> str:
     """Category of an engine's error text; `stage` is "load" or "forward"."""
     for pattern, category in _PATTERNS:
@@ -145,9 +148,12 @@ def from_exception(error: BaseException, stage: str) -> ModelError:
 
 def from_exit(returncode: int, stage: str, log_tail: str) -> ModelError:
     """The ModelError for a worker that ended without a word: a signal, or an exit from native code."""
-    found = classify(log_tail, stage)
-    if found != "engine_error":
-        return ModelError(_last_line(log_tail), found)
+    if returncode != -signal.SIGKILL:  # of a kill the log knows nothing
+        # Engines also log what a pattern matches and nobody died of: "multicast is not supported".
+        for line in filter(_TELLS_AN_ERROR.search, reversed(log_tail.splitlines())):
+            found = classify(line, stage)
+            if found != "engine_error":
+                return ModelError(line.strip()[:500], found)
     if returncode < 0:
         name = signal.Signals(-returncode).name
         category = "host_oom_or_killed" if -returncode == signal.SIGKILL else "crashed"

@@ -64,6 +64,14 @@ def test_silent_end_with_a_telling_log() -> None:
     )
 
 
+def test_a_killed_worker_is_not_explained_by_what_its_log_mentions() -> None:
+    log = "WARNING symm_mem.py: symmetric memory multicast operations are not supported.\nINFO scoring\n"
+    assert from_exit(-signal.SIGKILL, "forward", log).category == "host_oom_or_killed"
+    assert from_exit(1, "forward", log).category == "crashed"
+    told = from_exit(1, "load", f"{log}ValueError: No available memory for the cache blocks\nshutting down\n")
+    assert told.category == "no_kv_memory" and told.message.startswith("ValueError: No available")
+
+
 def test_every_category_says_what_to_do() -> None:
     for name, category in CATEGORIES.items():
         assert category.meaning and category.remedy, name
