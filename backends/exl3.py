@@ -140,10 +140,7 @@ def close(model: LoadedModel) -> None:
 
 def _check(request: LoadRequest) -> None:
     """Everything that can be known without importing the engine, which may take minutes to compile."""
-    if request.path.is_file():
-        raise ModelError(
-            f"{request.path.name} is a file, not a checkpoint directory", "bad_option", 'use load_fn "gguf"'
-        )
+    request.require_directory(takes_overlay=True)
     for package in ("exllamav3", "torch"):
         if importlib.util.find_spec(package) is None:
             raise ModelError(

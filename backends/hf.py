@@ -71,12 +71,7 @@ class _Handle:
 
 def load(request: LoadRequest) -> LoadedModel:
     """Load a checkpoint directory. Raises ModelError; transformers' own errors are sorted by the caller."""
-    if request.path.is_file():
-        raise ModelError(
-            f"{request.path.name} is a file, not a checkpoint directory", "bad_option", 'use load_fn "gguf"'
-        )
-    if request.overlay is not None:
-        raise ModelError("a second model_dir is for EXL3 only", "bad_option")
+    request.require_directory()
     # compressed-tensors compiles helpers at import; a compiler run costs more than it saves for one model.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     import torch

@@ -84,12 +84,7 @@ class _Handle:
 
 def load(request: LoadRequest) -> LoadedModel:
     """Start an engine on a checkpoint directory. Raises ModelError."""
-    if request.path.is_file():
-        raise ModelError(
-            f"{request.path.name} is not a checkpoint directory", "bad_option", 'use load_fn "gguf"'
-        )
-    if request.overlay is not None:
-        raise ModelError("a second model_dir is for EXL3 only", "bad_option")
+    request.require_directory()
     config = _config(request)
     _check_positions(config, request.window_tokens)
     set_environment(request.options.get("threads", _default_threads()))

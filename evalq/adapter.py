@@ -89,7 +89,8 @@ def read_adapter(path: Path, name: str | None = None) -> Adapter:
     if path.is_file() and path.suffix == ".gguf":
         return _read_gguf(path, name or path.stem)
     what = "is no PEFT directory and no GGUF file" if path.exists() else "no such file or directory"
-    raise ModelError(f"{path}: {what}", "model_missing", 'check "path" of "lora"')
+    remedy = f"name a directory with {CONFIG_FILE}, or a GGUF adapter"
+    raise ModelError(f"{path}: {what}", "model_missing", remedy)
 
 
 def require_features(adapter: Adapter, known: Collection[str], engine: str) -> None:

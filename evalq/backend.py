@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evalq.adapter import Adapter
+from evalq.errors import ModelError
 
 Ids = NDArray[np.int64]
 
@@ -87,6 +88,14 @@ class LoadRequest:
     token_ids_max: int = 0
     adapter: Adapter | None = None
     divide_work: int = 1
+
+    def require_directory(self, takes_overlay: bool = False) -> None:
+        """Raise ModelError (bad_option) for a file, or for an overlay where none is taken."""
+        if self.path.is_file():
+            message = f"{self.path.name} is a file, not a checkpoint directory"
+            raise ModelError(message, "bad_option", 'use load_fn "gguf"')
+        if self.overlay is not None and not takes_overlay:
+            raise ModelError("a second model_dir is for EXL3 only", "bad_option")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from rich_argparse import RawDescriptionRichHelpFormatter
 
+from evalq.arguments import count, positive
 from evalq.version import __version__
 
 COMPARE_DESCRIPTION = """\
@@ -114,7 +115,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("-mask", "--mask", metavar='"A;B"', help="only models whose label holds one of these")
     what.add_argument("--protocol", metavar="NAME", help="instead of the data spec's, with its own stride")
-    what.add_argument("--max-rows", type=_count, metavar="N", help="at most N windows, for a quick look")
+    what.add_argument("--max-rows", type=count, metavar="N", help="at most N windows, for a quick look")
     plot = parser.add_argument_group("chart")
     plot.add_argument("-p", "--plot", action="store_true", help="draw bits per weight against perplexity")
     plot.add_argument(
@@ -143,7 +144,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "-cc", "--clear_cache", action="store_true", help="score the named models on this data anew"
     )
-    how.add_argument("--timeout", type=_seconds, metavar="S", help="give a model up after S seconds")
+    how.add_argument("--timeout", type=positive, metavar="S", help="give a model up after S seconds")
     how.add_argument(
         "--try-anyway", action="store_true", help="start engines that are predicted to run out of memory too"
     )
@@ -174,20 +175,6 @@ _ADD_ARGUMENTS = {
     "backends": _backends_arguments,
     "env": _env_arguments,
 }
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("should be 1 or more")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError("should be more than 0")
-    return value
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:

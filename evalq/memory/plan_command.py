@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from evalq.arguments import count, positive
+
 if TYPE_CHECKING:
     from evalq.memory.gpus import Gpu
 
@@ -27,15 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint directory, or owner/name on the hub")
     parser.add_argument("--gpu", metavar="NAME", help="H100, A100-40GB, RTX 4090, ...: its memory is known")
     parser.add_argument(
-        "--gpu-memory", type=_positive, metavar="GIB", help="total memory as CUDA reports it, instead"
+        "--gpu-memory", type=positive, metavar="GIB", help="total memory as CUDA reports it, instead"
     )
-    parser.add_argument("--tp", type=_count, default=1, metavar="N", help="GPUs that share each layer")
+    parser.add_argument("--tp", type=count, default=1, metavar="N", help="GPUs that share each layer")
     parser.add_argument(
-        "--pp", type=_count, default=1, metavar="N", help="groups of layers, each with its GPUs"
+        "--pp", type=count, default=1, metavar="N", help="groups of layers, each with its GPUs"
     )
     parser.add_argument("--util", type=_share, metavar="U", help="gpu_memory_utilization (default: vLLM's)")
     parser.add_argument(
-        "--max-len", type=_count, metavar="N", help="longest sequence (default: the model's positions)"
+        "--max-len", type=count, metavar="N", help="longest sequence (default: the model's positions)"
     )
     parser.add_argument(
         "--kv-dtype",
@@ -43,18 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "fp8", "fp8_e4m3", "fp8_e5m2"),
         help="of the KV cache (default auto: 16 bits)",
     )
-    parser.add_argument("--lora-rank", type=_count, default=0, metavar="R", help="slots for LoRA adapters")
+    parser.add_argument("--lora-rank", type=count, default=0, metavar="R", help="slots for LoRA adapters")
     parser.add_argument(
-        "--max-loras", type=_count, default=1, metavar="N", help="adapters at once (default 1)"
+        "--max-loras", type=count, default=1, metavar="N", help="adapters at once (default 1)"
     )
     parser.add_argument(
-        "--cpu-offload-gb", type=_positive, default=0.0, metavar="GIB", help="weights per GPU kept in RAM"
+        "--cpu-offload-gb", type=positive, default=0.0, metavar="GIB", help="weights per GPU kept in RAM"
     )
+    parser.add_argument("--max-num-seqs", type=count, metavar="N", help="sequences at once (default: vLLM's)")
     parser.add_argument(
-        "--max-num-seqs", type=_count, metavar="N", help="sequences at once (default: vLLM's)"
-    )
-    parser.add_argument(
-        "--max-num-batched-tokens", type=_count, metavar="N", help="tokens per step (default: vLLM's)"
+        "--max-num-batched-tokens", type=count, metavar="N", help="tokens per step (default: vLLM's)"
     )
     parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
     parser.add_argument(
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--activation",
-        type=_positive,
+        type=positive,
         metavar="GIB",
         help="measured peak activation, instead of the estimate",
     )
@@ -125,22 +125,8 @@ def _gpu(name: str | None, memory_gib: float | None) -> "Gpu":
     return gpu if memory_gib is None else replace(gpu, total_gib=memory_gib, source="given")
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("should be 1 or more")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("should be more than 0")
-    return value
-
-
 def _share(text: str) -> float:
-    value = _positive(text)
+    value = positive(text)
     if value > 1:
         raise argparse.ArgumentTypeError("should be between 0 and 1")
     return value
