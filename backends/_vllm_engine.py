@@ -90,7 +90,7 @@ def start(arguments: dict[str, Any]) -> Any:
         return LLM(**arguments)
     except Exception as error:  # vLLM raises whatever its parts do; all of it means that there is no engine
         traceback.print_exc()
-        raise start_error(error, _own_log()) from None
+        raise start_error(error, own_log()) from None
 
 
 def start_error(error: BaseException, log: str) -> ModelError:
@@ -126,7 +126,7 @@ def _runs_on(words: str) -> str | None:
     return next((remedy for pattern, remedy in _RUNS_ON if re.search(pattern, words, re.IGNORECASE)), None)
 
 
-def _own_log() -> str:
+def own_log() -> str:
     """The end of standard error where that is a file; processes started from here write there too."""
     log = Path("/proc/self/fd/2")
     try:

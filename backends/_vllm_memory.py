@@ -1,4 +1,4 @@
-"""What vLLM allocated, read from its worker processes.
+"""What vLLM allocated, asked of its worker processes, and read from its log where they do not tell.
 
 Attributes are looked up by name because they come and go between versions; what one lacks is left out.
 Values are those of the worker that has most, in GiB (2**30 bytes) unless a name says otherwise.
@@ -6,19 +6,28 @@ Values are those of the worker that has most, in GiB (2**30 bytes) unless a name
 
 from typing import Any
 
+from evalq.memory import figures
+from evalq.memory.log import parse_line
+
 GIB = 2**30
 
 
-def used_memory(llm: Any) -> dict[str, float]:
+def used_memory(llm: Any, log: str) -> dict[str, float]:
     """Weights, activations, KV cache and what else a started engine reports.
+
+    Args:
+        llm: vllm.LLM.
+        log: what it printed while it started.
 
     Keys: weights_gib, peak_activation_gib, non_torch_gib, cuda_graphs_gib, kv_cache_gib, kv_cache_tokens,
     requested_gib, device_total_gib. `kv_cache_memory_bytes` is the value that reserves the same cache again.
     """
-    found: dict[str, float] = {}
+    found = _logged(log)
+    reported: dict[str, float] = {}
     for worker in llm.collective_rpc(_of_worker):
         for name, value in worker.items():
-            found[name] = max(value, found.get(name, value))
+            reported[name] = max(value, reported.get(name, value))
+    found |= reported
     cache = llm.llm_engine.vllm_config.cache_config
     tokens = getattr(cache, "kv_cache_size_tokens", None)
     if tokens is None and cache.num_gpu_blocks:
@@ -30,6 +39,23 @@ def used_memory(llm: Any) -> dict[str, float]:
     if "kv_cache_gib" in found:
         found["kv_cache_memory_bytes"] = found["kv_cache_gib"] * GIB
     return found
+
+
+def _logged(log: str) -> dict[str, float]:
+    """The same from the lines of a log, where it has them."""
+    lines = [parse_line(number, line) for number, line in enumerate(log.splitlines(), 1)]
+    total = figures.over_processes(figures.collect(lines))
+    parts = figures.breakdown(total)
+    tokens = figures.cache(total, None).tokens
+    found = {
+        "weights_gib": parts.weights_gib,
+        "peak_activation_gib": parts.peak_activation_gib,
+        "non_torch_gib": parts.non_torch_gib,
+        "cuda_graphs_gib": parts.cudagraph_gib,
+        "kv_cache_gib": parts.kv_cache_gib,
+        "kv_cache_tokens": tokens,
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def peak_bytes(llm: Any) -> int:

