@@ -75,7 +75,7 @@ def load(request: LoadRequest) -> LoadedModel:
     inputs = max(INPUT_TOKENS_MIN, request.window_tokens - 1)
     batch_windows = options.get("batch_windows", max(1, BATCH_TOKENS // inputs))
     vocab_size = int(model.config.vocab_size)
-    chunk_bytes = options.get("head_chunk_mib", HEAD_CHUNK_MIB) * MIB
+    chunk_bytes = options.get("head_chunk_mib", HEAD_CHUNK_MIB) * MIB // request.divide_work
     chunk_rows = max(CHUNK_ROWS_MIN, chunk_bytes // (4 * vocab_size))
     if not streaming:
         split = options.get("gpu_split")

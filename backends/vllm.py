@@ -133,7 +133,9 @@ def _described(
         dtype=str(config.model_config.dtype).removeprefix("torch."),
         tokenize=_tokenize_fn(request),
         peak_memory_bytes=None if hardware.is_cpu else lambda: peak_bytes(llm),
-        versions={"cuda": str(torch.version.cuda)} if not hardware.is_cpu else {},
+        # Kernels that depend on the number of rows move a perplexity by up to 0.02 % with it.
+        versions={"max_num_batched_tokens": str(config.scheduler_config.max_num_batched_tokens)}
+        | ({} if hardware.is_cpu else {"cuda": str(torch.version.cuda)}),
         notes=notes,
         memory=used_memory(llm, own_log()),
     )

@@ -454,6 +454,7 @@ def test_bf16_killed_while_scoring_continues_and_agrees_with_transformers(real: 
     assert ours["engine_version"].startswith("vllm")
     assert (ours["execution"]["device"][:3], ours["execution"]["dtype"]) == ("cpu", "bfloat16")
     assert ours["execution"]["memory"]["kv_cache_tokens"] >= 257
+    assert ours["execution"]["versions"]["max_num_batched_tokens"] == "256"
     assert ours["identity"]["options"] == {}
 
 
