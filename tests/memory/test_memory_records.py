@@ -40,6 +40,7 @@ def test_measured_predicted_and_the_cache_to_reserve() -> None:
     text = shown(record(execution={"memory": MEMORY, "predicted": PREDICTED}))
     assert "vLLM BF16" in text and "14.99" in text and "420,896" in text
     assert "predicted: weights 15.01, peak activation 4.76" in text
+    assert "vLLM 0.26.0" in text and "vllm 0.26.0" not in text
     assert f"--kv-cache-memory={int(51.38 * 2**30) - 150 * 2**20}" in text
 
 
