@@ -7,9 +7,10 @@ from typing import Any
 
 from evalq.adapter import Adapter
 from evalq.errors import ModelError
+from evalq.memory.plan_settings import LORA_RANKS
 
-# LoRAConfig.max_lora_rank is one of these.
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Older versions know no room for rank 1.
+RANKS = tuple(rank for rank in LORA_RANKS if rank >= 8)
 
 
 def lora_arguments(adapter: Adapter) -> dict[str, Any]:

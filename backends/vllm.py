@@ -91,10 +91,10 @@ def load(request: LoadRequest) -> LoadedModel:
     set_environment(request.options.get("threads", _default_threads()))
     from vllm.engine.arg_utils import EngineArgs
 
-    if request.adapter is not None:
-        check_adapter(request.adapter, _version())
-    hardware = find_hardware()
     version = _version()
+    if request.adapter is not None:
+        check_adapter(request.adapter, version)
+    hardware = find_hardware()
     known = {argument.name for argument in fields(EngineArgs)}
     text = config.get("text_config", config)
     arguments = engine_arguments(request, hardware, int(text.get("vocab_size", 0)), known, version)

@@ -20,7 +20,7 @@ from evalq.convert.dequantize import open_directory
 from evalq.convert.target import require_new
 from evalq.errors import ModelError
 from evalq.storage.problems import clipped, corrupt
-from evalq.storage.safetensors import Contents, Logical
+from evalq.storage.safetensors import Logical
 from evalq.storage.shards import read_json
 
 _KNOWN_FEATURES = ("rslora", "rank_pattern", "alpha_pattern", "lm_head")
@@ -52,7 +52,7 @@ def merge_lora(
     contents = open_directory(base)
     adapter = read_adapter(adapter_path)
     _require_mergeable(adapter)
-    shapes = _linear_shapes(contents)
+    shapes = contents.linear_shapes
     if "lm_head" in adapter.features and "lm_head" not in shapes:
         raise ModelError(
             f"adapter {adapter.name} changes lm_head, which is the embedding of {base}: "
@@ -80,19 +80,10 @@ def _require_mergeable(adapter: Adapter) -> None:
             )
 
 
-def _linear_shapes(contents: Contents) -> dict[str, tuple[int, int]]:
-    """Module -> [out, in] of every matrix."""
-    return {
-        weight.bits.name.removesuffix(".weight"): (weight.shape[0], weight.shape[1])
-        for weight in contents.logical
-        if len(weight.shape) == 2 and weight.bits.name.endswith(".weight")
-    }
-
-
 class _Delta:
     """What an adapter adds to each weight."""
 
-    def __init__(self, adapter: Adapter, base_shapes: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, adapter: Adapter, base_shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._config = read_json(adapter.path / CONFIG_FILE)
         self._tensors: dict[str, torch.Tensor] = load_file(adapter.path / WEIGHTS_FILE)
         self._modules = adapter.shapes

@@ -63,13 +63,9 @@ class Source:
     def linear_shapes(self) -> dict[str, tuple[int, ...]]:
         """Module -> [out, in] of every weight; of other dimensions where the file keeps no sides."""
         if self.contents is not None:
-            weights = [
-                # EXL3 pads both sides, and its files do not say from what.
-                (w.bits.name, w.shape if w.family is None or w.family.maker != "EXL3" else ())
-                for w in self.contents.logical
-            ]
-        else:  # GGUF lists the fastest-varying dimension first
-            weights = [(t.name, t.shape[::-1]) for header in self.gguf for t in header.tensors]
+            return self.contents.linear_shapes
+        # GGUF lists the fastest-varying dimension first.
+        weights = [(t.name, t.shape[::-1]) for header in self.gguf for t in header.tensors]
         return {name.removesuffix(".weight"): shape for name, shape in weights if name.endswith(".weight")}
 
     def gguf_setting(self, name: str) -> Any:

@@ -11,7 +11,7 @@ DEFAULT_VERSION: Version = (0, 26)
 # 0.9 in every version up to 0.29, 0.92 in 0.32 and 0.33 (vLLM `CacheConfig.gpu_memory_utilization`).
 _UTILIZATION_092_FROM: Version = (0, 30)
 # vLLM `LoRAConfig.max_lora_rank`; other ranks take the next one.
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class PlanSettings:
     @property
     def max_lora_rank(self) -> int:
         """The slot an adapter takes: its rank, rounded up to one that vLLM knows."""
-        return next((rank for rank in _LORA_RANKS if rank >= self.lora_rank), 0) if self.lora_rank else 0
+        return next((rank for rank in LORA_RANKS if rank >= self.lora_rank), 0) if self.lora_rank else 0
 
     def step(self, gpu: Gpu) -> Step:
         """One step's tokens and sequences; vLLM's defaults depend on the GPU (`get_batch_defaults`)."""
@@ -92,8 +92,8 @@ def check(shape: ModelShape, settings: PlanSettings) -> None:
             f"--max-len {settings.max_len} is more than the {shape.max_positions} positions of {shape.name}",
             f"at most {shape.max_positions}",
         )
-    if settings.lora_rank > _LORA_RANKS[-1]:
-        raise SpecError(f"--lora-rank {settings.lora_rank}: vLLM has slots up to {_LORA_RANKS[-1]}")
+    if settings.lora_rank > LORA_RANKS[-1]:
+        raise SpecError(f"--lora-rank {settings.lora_rank}: vLLM has slots up to {LORA_RANKS[-1]}")
 
 
 def divides(shape: ModelShape, tp: int) -> bool:

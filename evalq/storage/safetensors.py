@@ -65,6 +65,18 @@ class Contents:
     logical: tuple[Logical, ...]
     strays: tuple[str, ...]
 
+    @property
+    def linear_shapes(self) -> dict[str, Shape]:
+        """Module -> [out, in] of every weight; of other dimensions where the file keeps no sides."""
+        return {
+            # EXL3 pads both sides, and its files do not say from what.
+            w.bits.name.removesuffix(".weight"): ()
+            if w.family is not None and w.family.maker == "EXL3"
+            else w.shape
+            for w in self.logical
+            if w.bits.name.endswith(".weight")
+        }
+
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Read config.json; {} where there is none.
