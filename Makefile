@@ -76,9 +76,9 @@ fmt: $(VENV)/.dev
 
 check: lint type test
 
-# The JSON Schemas of the specs, after a change to evalq/spec.py.
+# The JSON Schemas of the specs, after a change to evalq/spec/.
 schema: $(VENV)/.dev
-	$(BIN)/python -m evalq.schema specs/schema
+	$(BIN)/python -m evalq.spec.schema specs/schema
 
 # Agreement and speed beside the peers; needs the original wiki.test.raw in $$EVALQ_WIKITEXT2.
 bench: $(VENV)/.dev

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from evalq.cli import compare_main
+    from evalq.cli.main import compare_main
 except ModuleNotFoundError as error:
     sys.exit(f'compare.py: {error}; install evalq first: pip install -e ".[hf,gguf,plot,data]"')
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from evalq.adapter import Adapter
+from evalq.checkpoint.adapter import Adapter
 from evalq.errors import ModelError
 
 _LEVEL_WARN, _LEVEL_ERROR, _LEVEL_CONT = 3, 4, 5  # enum ggml_log_level in ggml.h

@@ -17,8 +17,8 @@ from threading import Event
 from typing import Any
 
 from evalq.backends._server_options import Settings
+from evalq.checkpoint.damage import clipped
 from evalq.errors import ModelError
-from evalq.storage.problems import clipped
 
 CONNECT_SECONDS = 10.0
 PAUSE_SECONDS_MAX = 30.0

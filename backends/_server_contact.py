@@ -12,8 +12,8 @@ import numpy as np
 from evalq.backends._server_client import Client, NotOffered
 from evalq.backends._server_scores import WAYS, Answer, Ids, ModelCard, ModelList, Version, Way, parsed
 from evalq.backends._vllm_scores import RowScores
+from evalq.checkpoint.damage import clipped
 from evalq.errors import ModelError
-from evalq.storage.problems import clipped
 
 # Any ids will do: the first question is whether there is an answer.
 PROBE_IDS = np.arange(1, 5, dtype=np.int64)

@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from evalq.backend import Option
+from evalq.checkpoint.damage import clipped
 from evalq.errors import ModelError
-from evalq.storage.problems import clipped
 
 OPTIONS = {
     "base_url": Option((str,), "where the server listens, http://127.0.0.1:8000/v1 (required)", numeric=True),

@@ -21,8 +21,8 @@ from pydantic import BaseModel, ValidationError
 
 from evalq.backends._server_client import NotOffered
 from evalq.backends._vllm_scores import LN_HALF, RowScores
+from evalq.checkpoint.damage import clipped
 from evalq.errors import ModelError
-from evalq.storage.problems import clipped
 
 Ids = NDArray[np.int64]
 MINUS_INFINITY = -9999.0

@@ -5,9 +5,9 @@ Source: https://docs.vllm.ai/en/latest/features/lora/
 
 from typing import Any
 
-from evalq.adapter import Adapter
+from evalq.checkpoint.adapter import Adapter
 from evalq.errors import ModelError
-from evalq.memory.plan_settings import LORA_RANKS
+from evalq.vllm_memory.plan_settings import LORA_RANKS
 
 # Older versions know no room for rank 1.
 RANKS = tuple(rank for rank in LORA_RANKS if rank >= 8)

@@ -6,8 +6,8 @@ Values are those of the worker that has most, in GiB (2**30 bytes) unless a name
 
 from typing import Any
 
-from evalq.memory import figures
-from evalq.memory.log import parse_line
+from evalq.vllm_memory import figures
+from evalq.vllm_memory.log import parse_line
 
 GIB = 2**30
 

@@ -4,9 +4,9 @@ import re
 
 from evalq.backend import LoadRequest, Machine, Prediction
 from evalq.backends._vllm_options import Hardware, step_tokens_for, utilization_for
-from evalq.memory.gpus import gpu_reported
-from evalq.memory.plan import PlanSettings, plan
-from evalq.memory.shape import read_shape
+from evalq.checkpoint.shape import read_shape
+from evalq.vllm_memory.gpus import gpu_reported
+from evalq.vllm_memory.plan import PlanSettings, plan
 
 
 def predict(request: LoadRequest, machine: Machine) -> Prediction | None:

@@ -15,10 +15,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from evalq.adapter import Adapter
 from evalq.backend import Batch, Ids, LoadedModel, LoadRequest, Option, TokenScores
 from evalq.backends._exl3_run import CHUNK_ROWS_MIN, INPUT_TOKENS_MIN, MIB, Handle, resident, streamed
 from evalq.backends._exl3_tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from evalq.checkpoint.adapter import Adapter
 from evalq.errors import ModelError
 
 __all__ = [

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from evalq.adapter import FEATURES, Adapter
 from evalq.backend import Ids, LoadedModel, LoadRequest, Option, TokenScores
 from evalq.backends._hf_predict import GPU_BATCH_TOKENS, HEAD_CHUNK_MIB
 from evalq.backends._hf_predict import predict as predict
+from evalq.checkpoint.adapter import FEATURES, Adapter
 from evalq.errors import ModelError
 
 DISTRIBUTIONS = ("transformers", "torch", "compressed-tensors")

@@ -6,7 +6,7 @@ from typing import Any
 from figures import Bench, Case, Figure, within
 from running import EvalqRun, evalq, gguf_model, hf_model, peer
 
-from evalq.windows import ProtocolSettings, StreamFacts, plan_windows
+from evalq.data.windows import ProtocolSettings, StreamFacts, plan_windows
 
 
 def _figure(what: str, ours: EvalqRun, theirs: dict[str, Any], name: str, limit_percent: float) -> Figure:

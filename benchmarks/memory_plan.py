@@ -1,7 +1,7 @@
 """The planner against measured vLLM runs: `python benchmarks/memory_plan.py` prints the tables of the docs.
 
-Model shapes are config files and the names, dtypes and shapes of tensors in tests/memory/models; the weights
-themselves are not needed. Measurements are GiB as vLLM logs them, so they are rounded to 0.01.
+Model shapes are config files and the names, dtypes and shapes of tensors in tests/vllm_memory/models; the
+weights themselves are not needed. Measurements are GiB as vLLM logs them, so they are rounded to 0.01.
 """
 
 import itertools
@@ -12,12 +12,12 @@ import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from evalq.memory.gpus import Gpu, gpu_named
-from evalq.memory.plan import Plan, PlanSettings, plan
-from evalq.memory.shape import ModelShape, make_shape
-from evalq.storage.shards import DTYPE_BITS, RawTensor
+from evalq.checkpoint.shape import ModelShape, make_shape
+from evalq.checkpoint.shards import DTYPE_BITS, RawTensor
+from evalq.vllm_memory.gpus import Gpu, gpu_named
+from evalq.vllm_memory.plan import Plan, PlanSettings, plan
 
-MODELS = Path(__file__).parents[1] / "tests" / "memory" / "models"
+MODELS = Path(__file__).parents[1] / "tests" / "vllm_memory" / "models"
 H100, H200, A100 = gpu_named("H100"), gpu_named("H200"), gpu_named("A100-40GB")
 # The run does not say which; 14.6 to 16.0 GiB give the same verdicts.
 GPU_16 = Gpu("16 GB GPU", 15.6)
@@ -131,7 +131,7 @@ OUTCOMES = (
 
 
 def tensors(name: str) -> list[RawTensor]:
-    """Headers of a model of tests/memory/models, one after another in one file."""
+    """Headers of a model of tests/vllm_memory/models, one after another in one file."""
     described = json.loads((MODELS / f"{name}.json").read_text())
     ranges = {key: range(*bounds) for key, bounds in described["ranges"].items()}
     found: list[RawTensor] = []
@@ -147,13 +147,13 @@ def tensors(name: str) -> list[RawTensor]:
 
 
 def config(name: str) -> dict[str, object]:
-    """config.json of a model of tests/memory/models."""
+    """config.json of a model of tests/vllm_memory/models."""
     found: dict[str, object] = json.loads((MODELS / f"{name}.json").read_text())["config"]
     return found
 
 
 def shape(name: str) -> ModelShape:
-    """A model of tests/memory/models."""
+    """A model of tests/vllm_memory/models."""
     return make_shape(name, config(name), tensors(name))
 
 

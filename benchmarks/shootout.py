@@ -20,11 +20,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from evalq import table
+from evalq.files import read_json, write_atomic
 from evalq.plots import scatter
-from evalq.record import ResultRecord, require_comparable
-from evalq.report import with_reference
-from evalq.store import Store, read_json, write_atomic
+from evalq.results.record import ResultRecord, require_comparable
+from evalq.results.store import Store
+from evalq.run.outcome import with_reference
+from evalq.show import table
 
 ROOT = Path(__file__).parents[1]
 GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")

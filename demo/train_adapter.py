@@ -71,7 +71,7 @@ def _load(base: Path) -> Any:
 
 
 def _second_half(tokenizer: Any) -> list[int]:
-    text = resources.files("evalq.texts").joinpath("sample.txt").read_text(encoding="utf-8")
+    text = resources.files("evalq.data").joinpath("sample.txt").read_text(encoding="utf-8")
     return list(tokenizer(text[len(text) // 2 :], add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -1,5 +1,5 @@
 """`python -m evalq` is the `evalq` command."""
 
-from evalq.cli import run
+from evalq.cli.main import run
 
 run()

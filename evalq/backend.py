@@ -16,7 +16,8 @@ and, where they apply, more functions:
     predict(request, machine) -> Prediction | None           memory, before the engine starts
     remote_versions(options) -> dict[str, str]               of an engine that runs elsewhere, itself first
 
-A backend that applies LoRA adapters says which features of `evalq.adapter` it gets right beyond plain LoRA:
+A backend that applies LoRA adapters says which features of `evalq.checkpoint.adapter` it gets right beyond
+plain LoRA:
 
     LORA_FEATURES: frozenset[str]                            absent: adapters are refused
 
@@ -35,7 +36,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from evalq.adapter import Adapter
+from evalq.checkpoint.adapter import Adapter
 from evalq.errors import ModelError
 
 Ids = NDArray[np.int64]

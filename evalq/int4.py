@@ -8,7 +8,7 @@
 Importing this imports torch and compressed-tensors.
 """
 
-from evalq.unpack.cache import WeightCache
-from evalq.unpack.packed import unpack_int4_weights, unpack_mxfp4_weights, unpack_nvfp4_weights
+from evalq.convert.unpack.cache import WeightCache
+from evalq.convert.unpack.packed import unpack_int4_weights, unpack_mxfp4_weights, unpack_nvfp4_weights
 
 __all__ = ["WeightCache", "unpack_int4_weights", "unpack_mxfp4_weights", "unpack_nvfp4_weights"]

@@ -14,12 +14,12 @@ from matplotlib.patches import Rectangle
 
 from evalq.errors import SpecError
 from evalq.failures import CATEGORIES
-from evalq.memory.output import short_name
-from evalq.memory.run import Run
 from evalq.plots import style
 from evalq.plots.page import LEADING, MARGIN_PT, Page, font, quiet_glyphs
 from evalq.plots.selection import printable
 from evalq.plots.ticks import Scale, scale
+from evalq.vllm_memory.output import short_name
+from evalq.vllm_memory.run import Run
 
 WIDTH_PT = 612.0
 ROW_PT = 44.0

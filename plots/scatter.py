@@ -16,7 +16,7 @@ from evalq.plots.page import MARGIN_PT, Page, font, quiet_glyphs
 from evalq.plots.selection import Axis, ChartOptions, Selection, Series, select
 from evalq.plots.surround import write_footer, write_header
 from evalq.plots.ticks import Scale, scale, wants_log
-from evalq.record import ResultRecord
+from evalq.results.record import ResultRecord
 
 __all__ = ["Axis", "ChartOptions", "draw", "save", "show"]
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from evalq.errors import SpecError
 from evalq.plots.style import usable
-from evalq.record import ResultRecord, require_comparable
+from evalq.results.record import ResultRecord, require_comparable
 
 Axis = Literal["bpw", "vram"]
 UNQUANTIZED_BPW = 16.0

@@ -6,7 +6,7 @@ from typing import Any
 from evalq.plots.page import LEADING, MARGIN_PT, Page
 from evalq.plots.selection import Selection, Series, printable
 from evalq.plots.style import NOTE_PT, SUBTITLE_PT, TITLE_PT
-from evalq.record import ResultRecord
+from evalq.results.record import ResultRecord
 
 DATASETS = {"wiki2": "WikiText-2 test", "sample": "evalq sample text", "text": "text file"}
 

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 from safetensors.numpy import save_file
 
-from evalq.cli import compare_main
+from evalq.cli.main import compare_main
 
 # huggingface_hub reads it once, when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -37,9 +37,9 @@ def test_wheel_holds_backends_charts_specs_and_texts(wheel: zipfile.ZipFile) -> 
         "evalq/plots/scatter.py",
         "evalq/specs/wiki2.json",
         "evalq/specs/schema/data.schema.json",
-        "evalq/texts/sample.txt",
-        "evalq/texts/LICENSE-sample.md",
-        "evalq/storage/gguf.py",
+        "evalq/data/sample.txt",
+        "evalq/data/LICENSE-sample.md",
+        "evalq/checkpoint/gguf.py",
         "evalq/py.typed",
     ):
         assert name in names
@@ -54,7 +54,8 @@ def test_no_text_of_wikitext_is_in_the_repository() -> None:
 
 def test_start_up_imports_no_engine() -> None:
     script = (
-        "import sys, evalq.cli, evalq.commands, evalq.backends.hf, evalq.backends.gguf; print(*sys.modules)"
+        "import sys, evalq.cli.main, evalq.cli.commands, evalq.backends.hf, evalq.backends.gguf; "
+        "print(*sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     heavy = {

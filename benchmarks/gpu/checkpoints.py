@@ -50,7 +50,7 @@ def calibrated_checkpoint(source: Path, out: Path, recipe: Recipe) -> None:
 
 def sample_windows(source: Path) -> torch.Tensor:
     """The first windows of evalq's sample text, int64 [W, T]."""
-    text = resources.files("evalq.texts").joinpath("sample.txt").read_text(encoding="utf-8")
+    text = resources.files("evalq.data").joinpath("sample.txt").read_text(encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False).input_ids
     count = CALIBRATION_WINDOWS * CALIBRATION_TOKENS
     return torch.tensor(ids[:count]).reshape(CALIBRATION_WINDOWS, CALIBRATION_TOKENS)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from evalq.data import read_stream
+from evalq.data.tokens import read_stream
 
 EVAL_LEN, EVAL_STRIDE, WINDOWS = 2048, 512, 20
 MIB = 2**20

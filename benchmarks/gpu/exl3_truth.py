@@ -37,7 +37,7 @@ from common import (
 )
 
 from evalq.backend import Batch, LoadRequest
-from evalq.environment import environment
+from evalq.machine import environment
 
 HEAD_BITS, CALIBRATION_ROWS, TIMED_PASSES = 6, 32, 5
 SWEEP: list[dict[str, Any]] = [

@@ -36,7 +36,7 @@ from common import (
 
 from evalq.backend import Batch, LoadRequest
 from evalq.backends._vllm_engine import set_environment
-from evalq.environment import environment
+from evalq.machine import environment
 
 TIMED_PASSES = 3
 NARROW = {"max_num_batched_tokens": 2048, "max_num_seqs": 2}

@@ -22,7 +22,7 @@ from typing import Any
 
 from common import EVAL_LEN, EVAL_STRIDE, WINDOWS, start_compare, versions, write_data_spec
 
-from evalq.environment import environment
+from evalq.machine import environment
 
 Spec = dict[str, Any]
 WEIGHTS_ALONE = {"quantize_activations": False}

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from evalq.checkpoint.safetensors import QUANTIZATION_FILES, Contents, Logical, read_config
 from evalq.convert.shards import SHARD_BYTES, ShardWriter
 from evalq.convert.target import new_directory
+from evalq.convert.unpack.decode import codes_of, read_weight, require_decodable
 from evalq.errors import SpecError, StoreError
-from evalq.storage.safetensors import QUANTIZATION_FILES, Contents, Logical, read_config
-from evalq.unpack.decode import codes_of, read_weight, require_decodable
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Weights of other containers and indexes of the old shards do not go along.

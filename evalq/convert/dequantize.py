@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from evalq.checkpoint.measure import is_gguf
+from evalq.checkpoint.safetensors import Contents, Logical, read_contents
 from evalq.convert.dense import Written, write_dense
 from evalq.errors import ModelError
-from evalq.storage import is_gguf
-from evalq.storage.safetensors import Contents, Logical, read_contents
 
 
 def dequantize(
@@ -18,7 +18,7 @@ def dequantize(
     """Write a quantized checkpoint's weights as plain numbers.
 
     Args:
-        source: a checkpoint directory of a family named in `evalq.unpack.decode.KNOWN`.
+        source: a checkpoint directory of a family named in `evalq.convert.unpack.decode.KNOWN`.
         target: the directory to make.
         dtype: of the weights, bfloat16 when None.
         track: wraps the weights on their way through, to show progress.

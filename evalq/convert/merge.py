@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from evalq.adapter import CONFIG_FILE, FEATURES, WEIGHTS_FILE, Adapter, read_adapter, require_fits
+from evalq.checkpoint.adapter import CONFIG_FILE, FEATURES, WEIGHTS_FILE, Adapter, read_adapter, require_fits
+from evalq.checkpoint.damage import clipped, corrupt
+from evalq.checkpoint.safetensors import Logical
+from evalq.checkpoint.shards import read_json
 from evalq.convert.dense import Written, write_dense
 from evalq.convert.dequantize import open_directory
 from evalq.convert.target import require_new
 from evalq.errors import ModelError
-from evalq.storage.problems import clipped, corrupt
-from evalq.storage.safetensors import Logical
-from evalq.storage.shards import read_json
 
 _KNOWN_FEATURES = ("rslora", "rank_pattern", "alpha_pattern", "lm_head")
 

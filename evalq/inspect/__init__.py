@@ -6,6 +6,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from evalq.checkpoint.findings import Finding
+from evalq.checkpoint.source import Source, open_local
 from evalq.errors import ModelError
 from evalq.inspect.consistency import check, check_source
 from evalq.inspect.engines import Verdict, verdicts
@@ -13,8 +15,6 @@ from evalq.inspect.facts import Facts, facts_of
 from evalq.inspect.layers import PartBits, parts_of, unquantized
 from evalq.inspect.lora import Lora, lora_of
 from evalq.inspect.machine import Machine, this_machine
-from evalq.inspect.source import Source, open_local
-from evalq.storage.findings import Finding
 
 __all__ = ["Finding", "Inspection", "check", "inspect_model", "inspect_source", "open_model"]
 
@@ -57,7 +57,7 @@ def open_model(name: str, revision: str | None = None, offline: bool = False) ->
     """
     path = Path(name).expanduser()
     if not path.exists():
-        from evalq.inspect.hub import HUB_FILE, HUB_NAME, open_hub
+        from evalq.checkpoint.hub import HUB_FILE, HUB_NAME, open_hub
 
         if HUB_NAME.fullmatch(name) or HUB_FILE.fullmatch(name):
             return open_hub(name, revision, offline)

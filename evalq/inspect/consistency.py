@@ -11,16 +11,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from evalq.checkpoint import Checkpoint
+from evalq.checkpoint.damage import DamagedFile
+from evalq.checkpoint.files import Checkpoint
+from evalq.checkpoint.findings import Finding
+from evalq.checkpoint.safetensors import storage_findings
+from evalq.checkpoint.source import Source, open_local
 from evalq.inspect.declared import declared_findings
 from evalq.inspect.lora import lora_findings
 from evalq.inspect.packing import packing_findings
 from evalq.inspect.scale_values import scale_value_findings
 from evalq.inspect.shapes import shape_findings
-from evalq.inspect.source import Source, open_local
-from evalq.storage.findings import Finding
-from evalq.storage.problems import DamagedFile
-from evalq.storage.safetensors import storage_findings
 
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 # Copies of the same weights in another layout, which Mistral's repositories carry beside the shards.

@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from evalq.checkpoint.findings import Finding
+from evalq.checkpoint.safetensors import Logical
+from evalq.checkpoint.source import Source, config_groups
 from evalq.inspect.layers import UNQUANTIZED, Part, is_language_model, part_of
-from evalq.inspect.source import Source, config_groups
-from evalq.storage.findings import Finding
-from evalq.storage.safetensors import Logical
 
 # What a format's weights are called, as the beginning of `TensorBits.format`, and whether they are packed.
 _COMPRESSED_FORMATS = {

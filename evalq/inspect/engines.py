@@ -15,15 +15,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from evalq.config import python_for
+from evalq.checkpoint.bits import GIB
+from evalq.checkpoint.safetensors import Logical
+from evalq.checkpoint.source import Source, config_groups
 from evalq.errors import EvalqError
 from evalq.inspect.facts import Facts
 from evalq.inspect.machine import Machine
-from evalq.inspect.source import Source, config_groups
 from evalq.registry import backend, backend_names, versions
 from evalq.spec import ModelSpec
-from evalq.storage.report import GIB
-from evalq.storage.safetensors import Logical
+from evalq.spec.config import python_for
 
 PLAIN, GGUF, GPT_OSS = "plain", "GGUF", "gpt-oss MXFP4"
 FP8_WEIGHTS, INT8_WEIGHTS = "weight-only FP8", "weight-only INT8"

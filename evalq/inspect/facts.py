@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evalq.checkpoint import POSITION_KEYS
+from evalq.checkpoint.bits import TensorBits
+from evalq.checkpoint.files import POSITION_KEYS
+from evalq.checkpoint.source import Source, config_groups
+from evalq.checkpoint.weight_kinds import is_buffer
 from evalq.inspect.layers import UNQUANTIZED, part_of
-from evalq.inspect.source import Source, config_groups
-from evalq.storage.kinds import is_buffer
-from evalq.storage.report import TensorBits
 
 _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts")
 _ACTIVE = ("num_experts_per_tok", "experts_per_token", "moe_topk")

@@ -1,6 +1,6 @@
 """Kinds of layer: where a model's weights and bytes are, and which of its layers are not quantized.
 
-Finer than the parts of `evalq.storage.report`, which a comparison counts: here attention, MLP and experts
+Finer than the parts of `evalq.checkpoint.bits`, which a comparison counts: here attention, MLP and experts
 stand apart. From names alone: Hugging Face's and GGUF's.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-from evalq.storage.report import Kind, StorageReport, TensorBits, percent
+from evalq.checkpoint.bits import Kind, StorageReport, TensorBits, percent
 
 Part = Literal[
     "attention",

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from evalq.checkpoint.findings import Finding
+from evalq.checkpoint.source import LORA_FILE, Source
 from evalq.inspect.layers import Part, is_language_model, part_of
-from evalq.inspect.source import LORA_FILE, Source
-from evalq.storage.findings import Finding
 
 _ADAPTABLE: tuple[Part, ...] = (
     "attention",

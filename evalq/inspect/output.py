@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from evalq.checkpoint.bits import GIB
 from evalq.inspect import Inspection
 from evalq.inspect.layers import part_name, part_of
-from evalq.storage.report import GIB
 
 JSON_VERSION = 1
 _MIB = 2**20

@@ -1,17 +1,17 @@
 """Packed weights against their sidecars: bits, groups, zero points, and scales that are not there.
 
 Codes and scales each imply a shape; where they disagree an engine refuses the file or, worse, reads scales of
-the wrong group. Layouts: `evalq.storage.families`.
+the wrong group. Layouts: `evalq.checkpoint.families`.
 """
 
 import math
 from collections.abc import Iterator
 
-from evalq.storage.families import PLAIN_LABELS
-from evalq.storage.findings import Finding, Severity
-from evalq.storage.rules import Context, Parts, code_bits, declared_blocks
-from evalq.storage.safetensors import Contents, Logical
-from evalq.storage.shards import RawTensor
+from evalq.checkpoint.families import PLAIN_LABELS
+from evalq.checkpoint.family_rules import Context, Parts, code_bits, declared_blocks
+from evalq.checkpoint.findings import Finding, Severity
+from evalq.checkpoint.safetensors import Contents, Logical
+from evalq.checkpoint.shards import RawTensor
 
 # 4-bit floats have groups of a fixed size (OCP Microscaling Formats 1.0; NVFP4 of NVIDIA).
 _FIXED_GROUPS = {"NVFP4": 16, "MXFP4": 32, "MXFP8": 32}

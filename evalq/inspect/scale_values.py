@@ -13,10 +13,10 @@ from operator import attrgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from evalq.storage.findings import Finding, Severity
-from evalq.storage.problems import corrupt
-from evalq.storage.safetensors import Contents
-from evalq.storage.shards import RawTensor
+from evalq.checkpoint.damage import corrupt
+from evalq.checkpoint.findings import Finding, Severity
+from evalq.checkpoint.safetensors import Contents
+from evalq.checkpoint.shards import RawTensor
 
 _CHUNK_BYTES = 16 * 2**20
 _SCALE_ENDS = ("scale", "scale_inv", "scale_2", "scales", "absmax", "SCB", "suh", "svh")

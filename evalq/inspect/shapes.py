@@ -9,11 +9,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+from evalq.checkpoint.dimensions import SIDES, side_lengths
+from evalq.checkpoint.findings import Finding
+from evalq.checkpoint.safetensors import Logical
+from evalq.checkpoint.source import Source
 from evalq.inspect.layers import is_language_model
-from evalq.inspect.source import Source
-from evalq.storage.dimensions import SIDES, side_lengths
-from evalq.storage.findings import Finding
-from evalq.storage.safetensors import Logical
 
 # transformers' model types with nn.Linear(hidden_size, num_attention_heads * head_dim) and the like
 # (https://github.com/huggingface/transformers/tree/main/src/transformers/models).

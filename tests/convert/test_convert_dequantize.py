@@ -14,11 +14,11 @@ import torch
 from convert_cases import FLOATS, compress, config, loaded, split, tensors, write_layers
 
 from evalq.backend import LoadRequest
-from evalq.convert import dequantize_command
+from evalq.checkpoint.safetensors import read_contents
+from evalq.cli import dequantize as dequantize_command
 from evalq.convert.dense import write_dense
 from evalq.convert.dequantize import dequantize
 from evalq.errors import EvalqError, ModelError, SpecError, StoreError
-from evalq.storage.safetensors import read_contents
 
 SCHEMES = (
     "W4A16", "W4A16_ASYM", "W8A16_channel", "W4A16_g32_act", "INT8", "FP8", "FP8_BLOCK", "NVFP4", "MXFP4A16",
@@ -327,7 +327,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from evalq.convert import dense
-from evalq.storage.safetensors import read_contents
+from evalq.checkpoint.safetensors import read_contents
 source = Path(sys.argv[1])
 def slowly(weights):
     for index, weight in enumerate(weights):
@@ -363,7 +363,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from evalq.convert.dense import write_dense
-from evalq.storage.safetensors import read_contents
+from evalq.checkpoint.safetensors import read_contents
 source = Path(sys.argv[1])
 contents = read_contents(source)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

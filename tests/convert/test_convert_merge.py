@@ -11,7 +11,7 @@ from convert_cases import compress, config, loaded, tensors
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from evalq.convert import merge_command
+from evalq.cli import merge_lora as merge_command
 from evalq.convert.dequantize import dequantize
 from evalq.convert.merge import merge_lora
 from evalq.errors import ModelError, SpecError

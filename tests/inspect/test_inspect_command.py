@@ -24,11 +24,12 @@ from sparse_checkpoints import (
     write_shards,
 )
 
+from evalq.checkpoint.measure import measure_storage
+from evalq.cli import inspect as command
 from evalq.errors import EvalqError
-from evalq.inspect import command, inspect_model
+from evalq.inspect import inspect_model
 from evalq.plots import inspect as chart
 from evalq.plots import style
-from evalq.storage import measure_storage
 
 INT4 = {"quantization_config": compressed(4, "pack-quantized")}
 
@@ -194,7 +195,7 @@ def test_200_shards_in_a_moment(tmp_path, capsys):
 
 def test_no_engine_is_imported(llama_int4):
     code = (
-        "import argparse, sys; from evalq.inspect import command\n"
+        "import argparse, sys; from evalq.cli import inspect as command\n"
         "assert 'rich' not in sys.modules, 'rich'\n"
         "parser = argparse.ArgumentParser(); command.add_arguments(parser)\n"
         f"assert command.run(parser.parse_args([{str(llama_int4)!r}, '--deep'])) == 1\n"

@@ -21,14 +21,14 @@ from sparse_checkpoints import (
     write_model,
 )
 
+from evalq.checkpoint.bits import GIB, TensorBits
+from evalq.checkpoint.weight_kinds import kind_of
 from evalq.inspect import inspect_model, open_model
 from evalq.inspect.engines import ENGINES, verdicts, weight_format
 from evalq.inspect.facts import facts_of
 from evalq.inspect.layers import part_of, parts_of, unquantized
 from evalq.inspect.lora import lora_of
 from evalq.inspect.machine import Gpu, Machine, parse_gpus
-from evalq.storage.kinds import kind_of
-from evalq.storage.report import GIB, TensorBits
 
 LLAMA_8B = 8_030_261_248
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

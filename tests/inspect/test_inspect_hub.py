@@ -24,7 +24,7 @@ from evalq.errors import ModelError
 from evalq.inspect import open_model
 
 COMMAND = (
-    "import argparse, sys; from evalq.inspect import command; from evalq.errors import EvalqError\n"
+    "import argparse, sys; from evalq.cli import inspect as command; from evalq.errors import EvalqError\n"
     "parser = argparse.ArgumentParser(); command.add_arguments(parser)\n"
     "try: sys.exit(command.run(parser.parse_args()))\n"
     "except EvalqError as error: print(f'evalq: {error}', file=sys.stderr); sys.exit(2)"

@@ -1,0 +1,85 @@
+"""A token stream: the ids every model is scored on, made once and kept in the store."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from evalq.backend import Ids
+from evalq.data.windows import StreamFacts
+from evalq.files import write_atomic
+
+PROBE_CHARACTERS = 2000
+# Digits, runs of spaces, accents, scripts and code: where pre-tokenizers of one family differ.
+PROBE_EXTRA = "\n 1234567 don't  DON'T\t x = [3.14,  'ä', \"naïve\"]; Ωmega 日本語 emoji 🙂\r\n\n  end "
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Ids and what their tokenizer said.
+
+    Args:
+        ids_N: int64 [N].
+        sha256: of ids_N as little-endian int64.
+        facts: sizes and special tokens.
+        probe_text: a text for checking another tokenizer against this one.
+        probe_ids: its ids, without special tokens.
+        prefix_ids: the chat template's opening, when the data spec asks for one.
+    """
+
+    ids_N: Ids
+    sha256: str
+    facts: StreamFacts
+    probe_text: str
+    probe_ids: tuple[int, ...]
+    prefix_ids: tuple[int, ...] = ()
+
+
+def write_stream(path: Path, ids_N: Ids, described: dict[str, Any]) -> None:
+    """Keep a token stream. `described` holds the fields of StreamFacts, probe_text, probe_ids, prefix_ids."""
+    write_atomic(path, save({"ids": np.asarray(ids_N, np.int64)}, {"described": json.dumps(described)}))
+
+
+def read_stream(path: Path) -> TokenStream | None:
+    """A kept token stream, None when it is missing or broken."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            ids = file.get_tensor("ids")
+            described = json.loads(file.metadata()["described"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    facts = described["facts"]
+    facts["document_ends"] = tuple(facts["document_ends"])
+    return TokenStream(
+        ids,
+        hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+        StreamFacts(**facts),
+        described["probe_text"],
+        tuple(described["probe_ids"]),
+        tuple(described["prefix_ids"]),
+    )
+
+
+def cut(stream: TokenStream, max_tokens: int | None) -> TokenStream:
+    """Only the first `max_tokens` tokens of a stream."""
+    if max_tokens is None or max_tokens >= len(stream.ids_N):
+        return stream
+    ids = stream.ids_N[:max_tokens]
+    ends = tuple(end for end in stream.facts.document_ends if end < max_tokens)
+    facts = asdict(stream.facts) | {
+        "n_tokens": max_tokens,
+        "document_ends": (*ends, max_tokens) if stream.facts.document_ends else (),
+    }
+    return TokenStream(
+        ids,
+        hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+        StreamFacts(**facts),
+        stream.probe_text,
+        stream.probe_ids,
+        stream.prefix_ids,
+    )

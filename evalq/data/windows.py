@@ -1,0 +1,204 @@
+"""The windows of one evaluation: settings checked, BOS and prefix in place, batches of equal shape.
+
+A plan is plain arithmetic over one token stream; nothing here knows a model, a text or an engine. What each
+protocol means is in `evalq.data.protocols`, whose names are offered here too.
+"""
+
+import difflib
+from dataclasses import dataclass, replace
+from itertools import groupby, islice, pairwise
+
+from evalq.data.protocols import (
+    PROTOCOLS,
+    BosPolicy,
+    Head,
+    Protocol,
+    ProtocolSettings,
+    StreamFacts,
+    TextBuilder,
+    Window,
+)
+from evalq.errors import DataError, SpecError
+
+__all__ = [
+    "PROTOCOLS",
+    "BosPolicy",
+    "Head",
+    "Protocol",
+    "ProtocolSettings",
+    "StreamFacts",
+    "TextBuilder",
+    "Window",
+    "WindowPlan",
+    "plan_windows",
+    "protocol_named",
+    "stream_special_tokens",
+]
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Every window of one evaluation, in stream order.
+
+    Args:
+        protocol: the name in PROTOCOLS.
+        windows: at least one, each with at least one target.
+        prefix: token ids that windows put before themselves or over their first token.
+        overlapping: neighbouring windows share more stream tokens than one token of context, so their
+            scores are not independent and a window-clustered standard error is a lower bound.
+    """
+
+    protocol: str
+    windows: tuple[Window, ...]
+    prefix: tuple[int, ...]
+    overlapping: bool
+
+    @property
+    def longest_tokens(self) -> int:
+        """T of the longest input, prefix included; its last token is a target only."""
+        return max(window.n_ids(len(self.prefix)) for window in self.windows)
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens scored; one that is scored in several windows counts each time."""
+        return sum(window.n_targets for window in self.windows)
+
+    def batches(self, batch_windows: int) -> list[list[int]]:
+        """Indices of consecutive windows with equal T and equal first target, for one forward() each.
+
+        Args:
+            batch_windows: the most windows in a batch, at least 1.
+
+        Returns:
+            A partition of range(len(windows)) in order. It depends on the plan and on batch_windows only,
+            so a continued run sees the batches that the interrupted one saw.
+        """
+        if batch_windows < 1:
+            raise SpecError(f"batch_windows is {batch_windows}", "set it to 1 or more")
+        prefix_len = len(self.prefix)
+
+        def shape(index: int) -> tuple[int, int]:
+            window = self.windows[index]
+            return window.n_ids(prefix_len), window.first_target(prefix_len)
+
+        groups = [list(same) for _, same in groupby(range(len(self.windows)), key=shape)]
+        return [g[i : i + batch_windows] for g in groups for i in range(0, len(g), batch_windows)]
+
+
+def protocol_named(name: str) -> Protocol:
+    """The protocol of that name. Raises SpecError with the nearest name."""
+    if name in PROTOCOLS:
+        return PROTOCOLS[name]
+    near = difflib.get_close_matches(name, PROTOCOLS, n=1, cutoff=0.4)
+    hint = f'did you mean "{near[0]}"? ' if near else ""
+    raise SpecError(f'unknown protocol "{name}"', f"{hint}known: {', '.join(PROTOCOLS)}")
+
+
+def stream_special_tokens(protocol: str, bos: BosPolicy) -> bool:
+    """Whether the tokenizer should add its special tokens when it encodes the whole text.
+
+    qbench encodes without; lm-eval puts its own prefix before every document.
+    """
+    protocol_named(protocol)
+    return bos != "never" and protocol not in ("qbench", "lm-eval")
+
+
+def plan_windows(settings: ProtocolSettings, facts: StreamFacts) -> WindowPlan:
+    """The windows that a protocol cuts out of a stream.
+
+    Args:
+        settings: the data spec's choice.
+        facts: what the tokenizer made of the text.
+
+    Returns:
+        The plan: at least one window, each with at least one target, inside the stream and (lm-eval) inside
+        one document.
+
+    Raises:
+        SpecError: settings that the protocol does not have.
+        DataError: the text is too short for them.
+    """
+    protocol = protocol_named(settings.name)
+    _check_settings(settings, protocol)
+    needed = protocol.min_tokens(settings.eval_len)
+    if facts.n_tokens < needed:
+        size = f"text has {facts.n_tokens} tokens"
+        if facts.n_tokens < min(settings.eval_len, needed):
+            raise DataError(f"{size}, shorter than a window of {settings.eval_len}", _SHORTER)
+        raise DataError(f"{size}, {settings.name} with eval_len {settings.eval_len} needs {needed}", _SHORTER)
+    head, prefix = _head(settings, facts)
+    built = protocol.build(settings, facts)
+    if settings.name != "lm-eval":
+        built = (replace(window, head=head) for window in islice(built, settings.max_rows or None))
+    windows = tuple(built)
+    if not windows:
+        raise DataError("no token to score: the documents are empty", "take another text or more max_rows")
+    if settings.name == "qbench" and len(windows) < (settings.max_rows or 0):
+        raise DataError(
+            f"text has {len(windows)} windows of {settings.eval_len} tokens, max_rows is {settings.max_rows}",
+            f"set max_rows to {len(windows)} or less, or lower eval_len",
+        )
+    overlapping = any(before.end - after.start > 1 for before, after in pairwise(windows))
+    return WindowPlan(settings.name, windows, prefix, overlapping)
+
+
+_SHORTER = "take a longer text or lower eval_len in the data spec"
+
+
+def _check_settings(settings: ProtocolSettings, protocol: Protocol) -> None:
+    """Raise SpecError for the first setting that this protocol does not have."""
+    name, length = settings.name, settings.eval_len
+    if length < protocol.min_eval_len:
+        raise SpecError(f"eval_len is {length}", f"{name} needs {protocol.min_eval_len} or more")
+    stride = settings.stride
+    if stride < 1:
+        raise SpecError(
+            f"eval_stride is {stride}", f"set it to 1 or more; eval_len ({length}) for no overlap"
+        )
+    if protocol.fixed_stride and stride != length:
+        raise SpecError(
+            f"{name} has no eval_stride other than eval_len ({length}), got {stride}", "remove it"
+        )
+    if name == "hf-strided" and stride > length:
+        raise SpecError(
+            f"eval_stride {stride} is longer than eval_len {length}: tokens between them are left out",
+            "set eval_stride to eval_len or less",
+        )
+    if settings.max_rows is not None and settings.max_rows < 0:
+        raise SpecError(f"max_rows is {settings.max_rows}", "set it to 0 for all windows, or to 1 or more")
+    warmup = settings.warmup_tokens
+    if warmup < 0 or (warmup and warmup >= length - 1):
+        raise SpecError(
+            f"warmup_tokens is {warmup}", f"0 to {length - 2} leave a target in a window of {length}"
+        )
+    if warmup and not protocol.warmup:
+        known = ", ".join(n for n, p in PROTOCOLS.items() if p.warmup)
+        raise SpecError(f"{name} has no warmup_tokens", f"remove it; protocols that have it: {known}")
+    if name == "lm-eval" and (settings.bos != "default" or settings.prefix_ids):
+        what = "prefix_ids" if settings.prefix_ids else f'bos "{settings.bos}"'
+        raise SpecError(f"lm-eval puts its own prefix before every document, got {what}", "remove it")
+
+
+def _head(settings: ProtocolSettings, facts: StreamFacts) -> tuple[Head, tuple[int, ...]]:
+    """What every window does with its first token, and the prefix ids of the plan.
+
+    lm-eval's windows already say which of them take the prefix, which is BOS, or EOS where there is none.
+    """
+    if settings.name == "lm-eval":
+        prefix_id = facts.eos_id if facts.bos_id is None else facts.bos_id
+        if prefix_id is None:
+            raise SpecError(
+                "the tokenizer has neither BOS nor EOS", "lm-eval needs one: take another protocol"
+            )
+        return "keep", (prefix_id,)
+    as_llama_cpp = settings.name == "llama.cpp" and settings.bos == "default" and facts.adds_bos
+    if settings.bos != "every_window" and not as_llama_cpp:
+        return ("prepend", settings.prefix_ids) if settings.prefix_ids else ("keep", ())
+    if facts.bos_id is None:
+        raise SpecError('bos "every_window", but the tokenizer has no BOS token', 'set bos to "never"')
+    if settings.prefix_ids:
+        raise SpecError(
+            "BOS would overwrite the token after prefix_ids in every window",
+            'set bos to "never" and begin prefix_ids with BOS',
+        )
+    return "overwrite", (facts.bos_id,)

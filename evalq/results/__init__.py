@@ -1,0 +1,1 @@
+"""What was measured, kept: per-token columns on disk, metrics computed from them, records."""

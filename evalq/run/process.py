@@ -1,0 +1,190 @@
+"""Starts workers, listens to them, ends them. What a worker does: `evalq.run.worker`."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from evalq.errors import DataError, ModelError, StoreError
+from evalq.failures import from_exit
+
+Event = dict[str, Any]
+LOG_TAIL_BYTES = 20_000
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a comparison is carried out; nothing here changes a number."""
+
+    offline: bool = False
+    timeout_seconds: float | None = None
+    clear_cache: bool = False
+    try_anyway: bool = False
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """How a worker is started.
+
+    Args:
+        python: interpreter, None for this one.
+        timeout_seconds: ended after that long, None for never.
+        offline: tells the hub's client to stay off the network.
+        log: file for what the engine prints.
+    """
+
+    python: str | None
+    timeout_seconds: float | None
+    offline: bool
+    log: Path
+
+
+def run_worker(job: dict[str, Any], settings: WorkerSettings, on_event: Callable[[Event], None]) -> None:
+    """Run one job to its end, passing its events on.
+
+    Raises:
+        ModelError: the job failed, crashed, was killed or took too long.
+        DataError: the text or its protocol is at fault, not the model.
+        StoreError: the store is.
+        KeyboardInterrupt: passed on after the worker was ended.
+    """
+    try:
+        settings.log.parent.mkdir(parents=True, exist_ok=True)
+        log = settings.log.open("wb")
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {settings.log}: {error.strerror}", "name another folder with --store"
+        ) from None
+    with log:
+        process = _start(job, settings, log)
+        try:
+            outcome = _listen(process, settings.timeout_seconds, on_event)
+        finally:
+            _end(process)
+    if outcome.event is not None:
+        _raise_for(outcome.event)
+    else:
+        tail = settings.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+        raise from_exit(process.returncode, outcome.stage, tail)
+
+
+@dataclass
+class _Outcome:
+    """The last word of a worker (None when it ended without one) and what it was doing."""
+
+    event: Event | None
+    stage: str
+
+
+def _start(job: dict[str, Any], settings: WorkerSettings, log: IO[bytes]) -> subprocess.Popen[str]:
+    environment = dict(os.environ, TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
+    if settings.offline:
+        environment["HF_HUB_OFFLINE"] = "1"
+    process = subprocess.Popen(
+        # -P: a file named like an engine in the current folder must not shadow it.
+        [settings.python or sys.executable, "-P", "-m", "evalq.run.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env=environment,
+        text=True,
+        encoding="utf-8",
+        start_new_session=True,  # Ctrl-C reaches the parent only, which ends the worker in order
+    )
+    assert process.stdin is not None
+    try:
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()  # kept open: its end tells the worker that the parent is gone
+    except BrokenPipeError:
+        pass  # the exit code and the log say why
+    return process
+
+
+def _listen(
+    process: subprocess.Popen[str], timeout_seconds: float | None, on_event: Callable[[Event], None]
+) -> _Outcome:
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                lines.put(line)
+        except ValueError:
+            return  # closed by _end(), when nobody listens any more
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    outcome = _Outcome(None, "load")
+    while True:
+        try:
+            line = lines.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            message = f"took longer than {timeout_seconds:g} s"
+            outcome.event = {"event": "failed", "category": "timeout", "message": message, "remedy": None}
+            return outcome
+        if line is None:
+            process.wait()
+            return outcome
+        event = _parsed(line)
+        if event["event"] == "progress":
+            outcome.stage = "forward"
+        if event["event"] in ("done", "failed", "store_error", "data_error"):
+            outcome.event = event
+            return outcome
+        on_event(event)
+
+
+def _parsed(line: str) -> Event:
+    try:
+        event = json.loads(line)
+        return event if isinstance(event, dict) and "event" in event else {"event": "noise"}
+    except ValueError:
+        return {"event": "noise"}
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Leave nothing of the worker behind: its own children too."""
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    assert process.stdin is not None and process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()  # it ends itself
+    try:
+        process.wait(timeout=2)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    process.wait()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # what the worker started and left behind in its session
+    for child in family:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=5)
+    process.stdout.close()
+
+
+def _raise_for(event: Event) -> None:
+    kind, message, remedy = event["event"], event.get("message", ""), event.get("remedy")
+    if kind == "failed":
+        raise ModelError(message, event["category"], remedy)
+    if kind == "store_error":
+        raise StoreError(message, remedy)
+    if kind == "data_error":
+        raise DataError(message, remedy)

@@ -1,0 +1,104 @@
+"""What a person sees while models are scored: a live line on a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from evalq.results.record import ResultRecord
+from evalq.run.process import Event
+
+PLAIN_EVERY_SECONDS = 15.0
+
+
+class ConsoleReporter:
+    """Reports on `console`, which should write to standard error. Use it as a context manager."""
+
+    def __init__(self, console: Console, models: int, quiet: bool) -> None:
+        """`models` is how many will come; `quiet` shows nothing at all."""
+        self._console, self._models, self._quiet = console, models, quiet
+        self._number, self._label, self._windows = 0, "", 0
+        self._printed, self._resumed_at = 0.0, 0
+        self._task: TaskID | None = None
+        self._live = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("windows  {task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        """Start the live line."""
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the live line."""
+        self._live.stop()
+
+    def status(self, text: str) -> None:
+        """A line of its own."""
+        self._say(text)
+
+    def model(self, label: str, windows: int) -> None:
+        """The next model."""
+        self._number, self._label, self._windows = self._number + 1, label, windows
+        self._task = self._live.add_task(self._name("starting"), total=windows, rate="")
+        self._printed = time.monotonic()
+
+    def event(self, event: Event) -> None:
+        """A worker's word: loading, loaded, progress, waiting."""
+        if self._task is None:
+            return
+        kind = event["event"]
+        if kind == "waiting":
+            self._say(self._name("another run is scoring this model: waiting for it"))
+        elif kind in ("loading", "loaded"):
+            self._live.update(self._task, description=self._name(kind if kind == "loading" else "scoring"))
+            if kind == "loaded":
+                self._plain(f"loaded in {event['seconds']:.1f} s on {event['device']}", at_once=True)
+        elif kind == "progress":
+            rate = event["scored"] / event["seconds"] if event["seconds"] else 0.0
+            shown = f"{rate:,.0f} tok/s" if rate else ""
+            self._live.update(self._task, completed=event["windows"], rate=shown)
+            if not event["scored"]:
+                self._resumed_at = event["windows"]
+            scored = event["windows"] - self._resumed_at
+            left = (event["of"] - event["windows"]) * event["seconds"] / max(1, scored)
+            self._plain(
+                f"{event['windows']}/{event['of']} windows  {shown}  {left:.0f} s left", at_once=False
+            )
+
+    def record(self, record: ResultRecord, cached: bool) -> None:
+        """The model's result."""
+        if self._task is not None:
+            self._live.remove_task(self._task)
+            self._task = None
+        if record.error:
+            self._say(self._name(f"failed: {record.error.message}"))
+        else:
+            how = "  (stored)" if cached else f"  {record.tokens_per_second or 0:,.0f} tok/s"
+            self._say(self._name(f"PPL {record.headline_ppl:.4f}{how}"))
+
+    def _name(self, what: str) -> str:
+        return f"[{self._number}/{self._models}] {self._label}: {what}"
+
+    def _plain(self, text: str, at_once: bool) -> None:
+        if self._console.is_terminal or not (
+            at_once or time.monotonic() - self._printed > PLAIN_EVERY_SECONDS
+        ):
+            return
+        self._printed = time.monotonic()
+        self._say(self._name(text))
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)

