@@ -9,10 +9,7 @@ makes `"load_fn": "myengine"` valid. What a backend is: `evalq.backend`.
 """
 
 import importlib.metadata
-import itertools
 import json
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -149,57 +146,3 @@ def _check_option(name: str, value: Any, known: dict[str, Option], where: str) -
         raise SpecError(f"{where}: should be {kinds}, not {json.dumps(value, default=str)[:80]}")
     if option.choices is not None and value not in option.choices:
         raise SpecError(f"{where}: {json.dumps(value)} is not one of {json.dumps(option.choices)}")
-
-
-@cache
-def versions(name: str, python: str | None = None) -> dict[str, str]:
-    """Installed versions of a backend's distributions, the engine's own first; {} without the engine.
-
-    Args:
-        name: canonical backend name.
-        python: another interpreter; None for this one.
-
-    Raises:
-        ModelError: category engine_missing, when that interpreter cannot be run.
-    """
-    engine, *others = (dist.split("|") for dist in backend(name).DISTRIBUTIONS)
-    wanted = [*engine, *itertools.chain(*others)]
-    if python is None or Path(python) == Path(sys.executable):
-        found = {dist: v for dist in wanted if (v := _version(dist)) is not None}
-    else:
-        found = _versions_elsewhere(wanted, python)
-    return found if any(dist in found for dist in engine) else {}
-
-
-def _versions_elsewhere(wanted: list[str], python: str) -> dict[str, str]:
-    """The same, asked from another interpreter. Raises ModelError (engine_missing)."""
-    script = (
-        "import importlib.metadata as m, json, sys\n"
-        "found = {}\n"
-        "for d in sys.argv[1:]:\n"
-        "    try: found[d] = m.version(d)\n"
-        "    except m.PackageNotFoundError: pass\n"
-        "print(json.dumps(found))"
-    )
-    try:
-        run = subprocess.run(
-            [python, "-I", "-c", script, *wanted, "evalq"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ModelError(f"cannot run the interpreter {python}: {error}", "engine_missing") from None
-    found = cast(dict[str, str], json.loads(run.stdout))
-    if found.pop("evalq", None) is None:
-        remedy = f"{python} -m pip install evalq"
-        raise ModelError(f"evalq is not installed for {python}", "engine_missing", remedy)
-    return found
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -18,8 +18,9 @@ from rich.table import Table
 from evalq.data.windows import protocol_named
 from evalq.errors import ModelError, SpecError
 from evalq.files import read_json, write_atomic
+from evalq.interpreters import versions
 from evalq.machine import environment
-from evalq.registry import ALIASES, backend, backend_names, versions
+from evalq.registry import ALIASES, backend, backend_names
 from evalq.results.record import ResultRecord
 from evalq.results.store import ResultDir, Store, default_root
 from evalq.run.compare import compare as run_comparison

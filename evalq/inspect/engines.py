@@ -21,7 +21,8 @@ from evalq.checkpoint.source import Source, config_groups
 from evalq.errors import EvalqError
 from evalq.inspect.facts import Facts
 from evalq.inspect.machine import Machine
-from evalq.registry import backend, backend_names, versions
+from evalq.interpreters import versions
+from evalq.registry import backend, backend_names
 from evalq.spec import ModelSpec
 from evalq.spec.config import python_for
 

@@ -16,7 +16,8 @@ from evalq.data.tokens import TokenStream, cut, read_stream
 from evalq.data.windows import ProtocolSettings, WindowPlan, plan_windows, stream_special_tokens
 from evalq.errors import DataError, ModelError
 from evalq.failures import remedy_of
-from evalq.registry import tokenizer_backend, versions
+from evalq.interpreters import versions
+from evalq.registry import tokenizer_backend
 from evalq.results.metrics import TextScale
 from evalq.results.store import Store, key_of
 from evalq.run.prepare_model import Prepared, tokenizer_files

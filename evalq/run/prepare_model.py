@@ -15,7 +15,8 @@ from evalq.checkpoint.measure import StorageReport
 from evalq.checkpoint.source import Source, open_local
 from evalq.errors import ModelError
 from evalq.inspect.consistency import check_source
-from evalq.registry import Engine, backend, resolve_engine, versions
+from evalq.interpreters import versions
+from evalq.registry import Engine, backend, resolve_engine
 from evalq.results.store import Store
 from evalq.spec import LoraSpec, ModelSpec
 from evalq.spec.config import python_for
