@@ -54,7 +54,7 @@ def test_no_text_of_wikitext_is_in_the_repository() -> None:
 
 def test_start_up_imports_no_engine() -> None:
     script = (
-        "import sys, evalq.cli.main, evalq.cli.commands, evalq.backends.hf, evalq.backends.gguf; "
+        "import sys, evalq.cli.main, evalq.cli.compare, evalq.backends.hf, evalq.backends.gguf; "
         "print(*sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -1,0 +1,237 @@
+"""`evalq compare`, and `compare.py`: score models on one text, show them in a table and a chart."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evalq.cli.numbers import count, positive
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from evalq.results.record import ResultRecord
+    from evalq.spec import DataSpec, ModelSpec
+
+DESCRIPTION = """\
+Score quantized models on one text and compare perplexity per bit.
+
+Each model runs in a process of its own; one that fails is reported and the others go on. Results are kept:
+the same command again shows them at once, and a run that was interrupted continues where it was."""
+
+EXAMPLES = """\
+examples:
+  compare.py -d sample.json -m bf16.json int4.json -p        a first comparison, without WikiText-2
+  compare.py -d wiki2.json -m nvfp4.json exl3.json -p        WikiText-2, chart in plots/out/
+  compare.py -d wiki2.json -m my/*.json --markdown           your own models, as a table for a README
+  compare.py -d wiki2.json -m gguf.json --protocol llama.cpp the windows of llama-perplexity
+  compare.py -d wiki2.json -m exl3.json -p -v -dark          GiB instead of bits per weight, dark
+
+A spec without a path that is not in this folder is looked up among the shipped ones (evalq/specs).
+exit code: 0 all scored, 1 some model failed, 2 bad usage or spec, 130 interrupted"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line: what to score, the chart, the output, how to run."""
+    what = parser.add_argument_group("what to score")
+    what.add_argument(
+        "-d", "--dataspec", required=True, metavar="SPEC", help="data spec (JSON): text, protocol"
+    )
+    what.add_argument(
+        "-m",
+        "--modelspec",
+        required=True,
+        nargs="+",
+        metavar="SPEC",
+        help="model specs (JSON), wildcards too",
+    )
+    what.add_argument("-mask", "--mask", metavar='"A;B"', help="only models whose label holds one of these")
+    what.add_argument("--protocol", metavar="NAME", help="instead of the data spec's, with its own stride")
+    what.add_argument("--max-rows", type=count, metavar="N", help="at most N windows, for a quick look")
+    plot = parser.add_argument_group("chart")
+    plot.add_argument("-p", "--plot", action="store_true", help="draw bits per weight against perplexity")
+    plot.add_argument(
+        "-o", "--plot-file", type=Path, metavar="FILE", help="png, svg or pdf (default: in plots/out/)"
+    )
+    plot.add_argument("-t", "--title", metavar="TEXT", help="title of the chart")
+    plot.add_argument(
+        "-v", "--vram", action="store_true", help="x is GiB of layers and head, not bits per weight"
+    )
+    plot.add_argument("-mx", "--max_x", type=float, metavar="X", help="leave out points right of X")
+    plot.add_argument("-my", "--max_y", type=float, metavar="Y", help="leave out points above Y")
+    plot.add_argument("-dark", "--dark", action="store_true", help="light on dark")
+    plot.add_argument("--show", action="store_true", help="open a window as well, where there is a display")
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", metavar="FILE", help="the records as a list; - for standard output")
+    out.add_argument("--csv", metavar="FILE", help="one line per model; - for standard output")
+    out.add_argument(
+        "--markdown", nargs="?", const="-", metavar="FILE", help="a table for a README (default: -)"
+    )
+    out.add_argument("--memory", action="store_true", help="a second table: where each model's memory went")
+    out.add_argument(
+        "-q", "--quiet", action="store_true", help="no progress, no table; failures on standard error"
+    )
+    how = parser.add_argument_group("how to run")
+    add_store(how)
+    how.add_argument(
+        "-cc", "--clear_cache", action="store_true", help="score the named models on this data anew"
+    )
+    how.add_argument("--timeout", type=positive, metavar="S", help="give a model up after S seconds")
+    how.add_argument(
+        "--try-anyway", action="store_true", help="start engines that are predicted to run out of memory too"
+    )
+    how.add_argument("--offline", action="store_true", help="never use the network")
+
+
+def add_store(parser: argparse._ActionsContainer) -> None:
+    """Declare --store."""
+    text = "folder of results (default: $EVALQ_STORE, else the user's data folder)"
+    parser.add_argument("--store", type=Path, metavar="DIR", help=text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Score, print, draw. Exit code 0, or 1 when a model failed."""
+    import os
+
+    from rich.console import Console
+
+    from evalq.results.store import Store, default_root
+    from evalq.run.compare import compare
+    from evalq.run.process import RunSettings
+    from evalq.show.progress import ConsoleReporter
+
+    data = _data_spec(arguments)
+    specs = _model_specs(arguments)
+    _check_outputs(arguments)
+    if arguments.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    store = Store(arguments.store or default_root())
+    errors = Console(stderr=True)
+    settings = RunSettings(arguments.offline, arguments.timeout, arguments.clear_cache, arguments.try_anyway)
+    with ConsoleReporter(errors, len(specs), arguments.quiet) as reporter:
+        records = compare(data, specs, store, settings, reporter)
+    _write(arguments, records, errors)
+    if arguments.memory:
+        _print_memory(records, errors)
+    if arguments.plot or arguments.plot_file or arguments.show:
+        _plot(arguments, records, errors)
+    return 0 if all(record.status == "ok" for record in records) else 1
+
+
+def _data_spec(arguments: argparse.Namespace) -> "DataSpec":
+    from evalq.data.windows import protocol_named
+    from evalq.spec import find_spec, load_data_spec
+
+    spec = load_data_spec(find_spec(arguments.dataspec))
+    changes: dict[str, object] = {}
+    if arguments.protocol is not None and arguments.protocol != spec.protocol:
+        changes |= {"protocol": arguments.protocol, "eval_stride": None}
+    if arguments.max_rows is not None:
+        changes["max_rows"] = arguments.max_rows
+    spec = spec.model_copy(update=changes)
+    protocol_named(spec.protocol)
+    return spec
+
+
+def _model_specs(arguments: argparse.Namespace) -> "list[ModelSpec]":
+    from evalq.errors import SpecError
+    from evalq.spec import find_specs, load_model_specs
+
+    specs = [spec for path in find_specs(arguments.modelspec) for spec in load_model_specs(path)]
+    if arguments.mask is None:
+        return specs
+    masks = [mask.strip().upper() for mask in arguments.mask.split(";") if mask.strip()]
+    kept = [spec for spec in specs if any(mask in spec.plain_label.upper() for mask in masks)]
+    if not kept:
+        labels = ", ".join(spec.plain_label for spec in specs)
+        raise SpecError(f'-mask "{arguments.mask}" matches no label', f"labels: {labels}")
+    return kept
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """A wrong output must not be found after a night of scoring."""
+    from evalq.errors import SpecError
+
+    if arguments.plot_file is not None and arguments.plot_file.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise SpecError(
+            f"-o {arguments.plot_file}: unknown kind of picture", "name a .png, .svg or .pdf file"
+        )
+    for flag, name in (
+        ("--json", arguments.json),
+        ("--csv", arguments.csv),
+        ("--markdown", arguments.markdown),
+    ):
+        if name in (None, "-"):
+            continue
+        try:
+            Path(name).absolute().parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpecError(f"{flag} {name}: cannot make its folder: {error.strerror}") from None
+    if sum(name == "-" for name in (arguments.json, arguments.csv, arguments.markdown)) > 1:
+        raise SpecError("only one of --json, --csv and --markdown can go to standard output")
+
+
+def _write(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", errors: "Console") -> None:
+    from evalq.files import write_atomic
+    from evalq.show import table
+    from evalq.show.console import output
+
+    to_stdout = False
+    for name, render in (
+        (arguments.json, table.as_json),
+        (arguments.csv, table.as_csv),
+        (arguments.markdown, table.markdown),
+    ):
+        if name == "-":
+            to_stdout = True
+            sys.stdout.write(render(records))
+        elif name is not None:
+            write_atomic(Path(name), render(records).encode())
+    if not arguments.quiet:
+        table.print_table(records, errors if to_stdout else output())
+    else:
+        for record in records:
+            if record.error:
+                message = f"evalq: {record.label}: {record.error.message} ({record.error.remedy})"
+                print(message, file=sys.stderr)
+
+
+def _print_memory(records: "Sequence[ResultRecord]", errors: "Console") -> None:
+    from evalq.vllm_memory.output import print_runs
+    from evalq.vllm_memory.reader import runs_from_records
+
+    print_runs(runs_from_records(records), errors)
+
+
+def _plot(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", errors: "Console") -> None:
+    from evalq.errors import SpecError
+
+    try:
+        from evalq.plots import scatter
+    except ImportError as error:
+        raise SpecError(f"cannot draw: {error}", 'pip install "evalq[plot]"') from None
+    options = scatter.ChartOptions(
+        title=arguments.title,
+        x="vram" if arguments.vram else "bpw",
+        max_x=arguments.max_x,
+        max_y=arguments.max_y,
+        dark=arguments.dark,
+    )
+    if not any(record.status == "ok" for record in records):
+        errors.print("no chart: no model was scored", markup=False)
+        return
+    figure = scatter.draw(records, options)
+    path = arguments.plot_file or _default_plot_file(arguments)
+    scatter.save(figure, path)
+    errors.print(f"chart: {path}", markup=False, highlight=False, soft_wrap=True)
+    if arguments.show:
+        scatter.show(figure)
+
+
+def _default_plot_file(arguments: argparse.Namespace) -> Path:
+    names = [Path(arguments.dataspec).stem, *(Path(name).stem for name in arguments.modelspec)]
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(names)).strip("-")[:80]
+    suffix = ("-vram" if arguments.vram else "") + ("-dark" if arguments.dark else "")
+    return Path("plots") / "out" / f"{slug}{suffix}.png"
