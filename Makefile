@@ -1,6 +1,7 @@
 # make demo    everything from nothing: engines, a real small model in many formats, the chart
 # make test    the test-suite, with real engines on that model
 # make check   ruff, mypy and the tests
+# make fuzz    10,000 broken inputs for every reader of files (the tests run 150)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,9 +14,9 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXA
 	-DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_COMMON=OFF -DLLAMA_CURL=OFF
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_EXTRA)
 
-.PHONY: demo test check fmt lint type schema bench clean help
+.PHONY: demo test fuzz check fmt lint type schema bench clean help
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -4
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("evalq needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -40,6 +41,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python demo/build.py --models $(MODELS)
 	EVALQ_TEST_MODELS=$(MODELS) $(BIN)/pytest -n $(JOBS) --dist loadgroup
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/fuzz/run.py
 
 # vLLM pins its own torch, so it lives in an environment of its own; evalq.toml names it.
 VLLM_CPU := .venv-vllm-cpu
