@@ -71,8 +71,19 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-type: $(VENV)/.dev
+type: $(VENV)/.dev types-tree
 	$(BIN)/mypy
+
+# backends/ and plots/ install as evalq.backends and evalq.plots. Types are checked in a tree of links laid out
+# like that, so that they are seen together with what they import. It holds the scripts under the names by
+# which they import one another.
+TYPES := build/types
+.PHONY: types-tree
+types-tree:
+	@rm -rf $(TYPES)
+	@mkdir -p $(TYPES)/evalq
+	@ln -s $(CURDIR)/evalq/*.py $(CURDIR)/evalq/*/ $(CURDIR)/backends $(CURDIR)/plots $(CURDIR)/specs $(TYPES)/evalq
+	@ln -s $(CURDIR)/compare.py $(CURDIR)/benchmarks/*.py $(CURDIR)/benchmarks/*/*.py $(CURDIR)/demo/*.py $(TYPES)
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff format .

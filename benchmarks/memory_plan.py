@@ -160,16 +160,15 @@ def shape(name: str) -> ModelShape:
 def write_checkpoint(name: str, folder: Path) -> Path:
     """The same as a checkpoint directory: a real header, and a hole where the weights would be."""
     folder.mkdir(parents=True)
+    stored = tensors(name)
     header = {
         t.name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [t.offset, t.offset + t.bytes]}
-        for t in tensors(name)
+        for t in stored
     }
     text = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(
-            8 + len(text) + sum(end["data_offsets"][1] - end["data_offsets"][0] for end in header.values())
-        )
+        file.truncate(8 + len(text) + sum(t.bytes for t in stored))
     (folder / "config.json").write_text(json.dumps(config(name)))
     return folder
 

@@ -48,7 +48,10 @@ SHOWN = {
     **{f"EXL3 {rate}": ("EXL3", f"EXL3 {rate}") for rate in EXL3_RATES},
 }
 # 2-bit k-quants of a model this small are far off: they are named under the axes.
-CHARTS: dict[str, dict[str, Any]] = {"bpw": {"max_x": 9.0, "max_y": 60}, "vram": {"max_x": 0.3, "max_y": 60}}
+CHARTS: dict[scatter.Axis, dict[str, Any]] = {
+    "bpw": {"max_x": 9.0, "max_y": 60},
+    "vram": {"max_x": 0.3, "max_y": 60},
+}
 INTRODUCTION = """Written by `benchmarks/shootout.py draw`; [shootout.json](shootout.json) holds every record.
 {caption}.
 

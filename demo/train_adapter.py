@@ -55,7 +55,7 @@ def train_adapter(base: Path, out: Path, rank: int = 8, steps: int = 12, learnin
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    model.save_pretrained(out)
+    model.save_pretrained(str(out))
     print(f"{out}: rank {rank}, {steps} steps, last loss {loss.item():.3f} nats a token")
 
 

@@ -46,8 +46,7 @@ def draw(found: Inspection, dark: bool = False) -> Figure:
         header = ROOM_PT - _write_header(Page(WIDTH_PT, ROOM_PT, look), found, colors)
         page = Page(WIDTH_PT, header + ROW_PT * len(parts) + MARGIN_PT, look)
         _draw_bars(page, found, colors, _write_header(page, found, colors))
-    figure: Figure = page.figure
-    return figure
+    return page.figure
 
 
 def _largest_first(found: Inspection) -> list[PartBits]:
@@ -71,7 +70,7 @@ def _write_header(page: Page, found: Inspection, colors: dict[str, str]) -> floa
         facts.append(f"{storage.layer_bpw:.3f} bits per weight in the layers")
     y = page.paragraph(y, page.wrap(facts, " · ", style.SUBTITLE_PT, 2), style.SUBTITLE_PT, page.look.muted)
     keys = [Series(printable(form, 40), color, "s", [], []) for form, color in colors.items()]
-    return float(page.legend(y - 6, keys) - 8)
+    return page.legend(y - 6, keys) - 8
 
 
 def _draw_bars(page: Page, found: Inspection, colors: dict[str, str], top: float) -> None:
@@ -97,8 +96,9 @@ def _draw_bars(page: Page, found: Inspection, colors: dict[str, str], top: float
 
 
 def _bar(page: Page, corner: tuple[float, float], width: float, color: str) -> Rectangle:
-    how = {"facecolor": color, "lw": 0, "transform": page.transform, "gid": COLOR_BAR, "zorder": 3}
-    return Rectangle(corner, width, BAR_HEIGHT_PT, **how)
+    return Rectangle(
+        corner, width, BAR_HEIGHT_PT, facecolor=color, lw=0, transform=page.transform, gid=COLOR_BAR, zorder=3
+    )
 
 
 def _note(part: PartBits, total: int) -> str:

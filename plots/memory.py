@@ -17,7 +17,7 @@ from evalq.failures import CATEGORIES
 from evalq.plots import style
 from evalq.plots.page import LEADING, MARGIN_PT, Page, font, quiet_glyphs
 from evalq.plots.selection import printable
-from evalq.plots.ticks import Scale, scale
+from evalq.plots.ticks import scale
 from evalq.vllm_memory.output import short_name
 from evalq.vllm_memory.run import Run
 
@@ -100,8 +100,7 @@ def draw(runs: Sequence[Run], options: MemoryChart) -> Figure:
             page.axes.axvline(totals[0], color=look.ink, lw=GPU_LINE_PT, zorder=1.5)
         for row, bar in enumerate(drawn):
             _draw_bar(page, row, bar, first=row == 0 or totals[row - 1] != totals[row])
-    figure: Figure = page.figure
-    return figure
+    return page.figure
 
 
 def _segments(run: Run, look: style.Theme) -> list[Segment]:
@@ -128,8 +127,7 @@ def _segments(run: Run, look: style.Theme) -> list[Segment]:
 
 
 def _total(bar: Bar) -> float | None:
-    total: float | None = bar.run.device.total_gib
-    return total
+    return bar.run.device.total_gib
 
 
 def _page(
@@ -207,7 +205,7 @@ def _add_axes(page: Page, rows: tuple[float, float], bars: Sequence[Bar]) -> Non
     """An axis of GiB below, rows from the top."""
     look = page.look
     ends = [bar.end_gib for bar in bars] + [_total(bar) or 0.0 for bar in bars]
-    x_scale: Scale = scale([0.0, *ends], False, margins=(0.0, 0.09), smallest=0.1, n_ticks=9)
+    x_scale = scale([0.0, *ends], False, margins=(0.0, 0.09), smallest=0.1, n_ticks=9)
     axes = page.add_axes((MARGIN_PT, rows[0], page.width - MARGIN_PT, rows[1]))
     axes.set_xlim(0, x_scale.high)
     axes.set_ylim(len(bars), 0)

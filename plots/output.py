@@ -23,7 +23,7 @@ _METADATA: dict[str, dict[str, Any]] = {
     ".svg": {"Date": None, "Creator": None},
     ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
-_REPRODUCIBLE = {"svg.fonttype": "none", "svg.hashsalt": "evalq", "pdf.fonttype": 42}
+_REPRODUCIBLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "evalq", "pdf.fonttype": 42}
 
 
 def save(figure: Figure, path: Path) -> None:

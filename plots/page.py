@@ -11,7 +11,8 @@ from typing import Any, Literal
 from warnings import catch_warnings, filterwarnings
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.lines import Line2D
@@ -76,8 +77,8 @@ class Page:
         self.figure = Figure(figsize=(width / 72, height / 72), dpi=DPI, facecolor=look.paper)
         self.width, self.height, self.look = width, height, look
         self.transform = Affine2D().scale(1 / 72) + self.figure.dpi_scale_trans
-        self.axes: Any = None
-        self._renderer = FigureCanvasAgg(self.figure).get_renderer()
+        self._axes: Axes | None = None
+        self._renderer: RendererAgg = FigureCanvasAgg(self.figure).get_renderer()
         self._sizes: dict[tuple[str, float, str], tuple[float, float, float]] = {}
 
     def measure(self, text: str, size: float, weight: str = "normal") -> tuple[float, float, float]:
@@ -173,18 +174,25 @@ class Page:
         )  # fmt: skip
         self.figure.add_artist(marker)
 
-    def add_axes(self, box: tuple[float, float, float, float]) -> Any:
+    @property
+    def axes(self) -> Axes:
+        """The axes that add_axes() made."""
+        assert self._axes is not None
+        return self._axes
+
+    def add_axes(self, box: tuple[float, float, float, float]) -> Axes:
         """Matplotlib's axes in a box of the page; this page's from now on."""
         x0, y0, x1, y1 = box
         w, h = self.width, self.height
         place = (x0 / w, y0 / h, (x1 - x0) / w, (y1 - y0) / h)
-        self.axes = self.figure.add_axes(place, facecolor=self.look.paper)
-        return self.axes
+        self._axes = self.figure.add_axes(place, facecolor=self.look.paper)
+        return self._axes
 
     def axes_box(self) -> Floats:
         """The axes, points, [4]."""
         box = self.axes.get_position()
-        return np.array([box.x0, box.y0, box.x1, box.y1]) * np.array([self.width, self.height] * 2)
+        w, h = self.width, self.height
+        return np.array([box.x0 * w, box.y0 * h, box.x1 * w, box.y1 * h], dtype=np.float64)
 
     def from_data(self, places: Sequence[tuple[float, float]]) -> Floats:
         """Data coordinates to points, [N, 2]."""

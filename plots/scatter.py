@@ -46,8 +46,7 @@ def draw(records: Sequence[ResultRecord], options: ChartOptions) -> Figure:
         for one in series:
             _draw_series(page, one)
         write_tags(page, _tags(page, series), _segments(page, series))
-    figure: Figure = page.figure
-    return figure
+    return page.figure
 
 
 def _series(chosen: Selection, look: style.Theme) -> list[Series]:

@@ -106,10 +106,11 @@ def legible(color: str, page: Theme, ratio: float = 4.5) -> str:
     """The colour, moved towards the ink until it can be read as small text on the page."""
     start, end = colors.to_rgb(color), colors.to_rgb(page.ink)
     for step in range(11):
-        mix = tuple(a + (b - a) * step / 10 for a, b in zip(start, end, strict=True))
-        if contrast(colors.to_hex(mix), page.paper) >= ratio:
+        red, green, blue = (a + (b - a) * step / 10 for a, b in zip(start, end, strict=True))
+        mix = colors.to_hex((red, green, blue))
+        if contrast(mix, page.paper) >= ratio:
             break
-    return str(colors.to_hex(mix))
+    return mix
 
 
 def marker_size(marker: str) -> float:
@@ -127,7 +128,7 @@ def usable(color: str | None) -> str | None:
     # "C0" to "C9" stand for whatever the user's matplotlib is set to: not a colour of the record.
     if not color or not colors.is_color_like(color) or color[:1] == "C" and color[1:].isdigit():
         return None
-    return str(colors.to_hex(color)) if colors.to_rgba(color)[3] > 0 else None
+    return colors.to_hex(color) if colors.to_rgba(color)[3] > 0 else None
 
 
 def group_colors(own: dict[str, str | None], page: Theme) -> dict[str, str]:

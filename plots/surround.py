@@ -26,7 +26,7 @@ def write_header(page: Page, records: Sequence[ResultRecord], title: str, series
     y = page.paragraph(y, page.wrap(facts, " · ", SUBTITLE_PT, 3), SUBTITLE_PT, page.look.muted)
     if len(series) > 1:
         y = page.legend(y - 6, series)
-    return float(y - 6)
+    return y - 6
 
 
 def write_footer(page: Page, chosen: Selection) -> float:
@@ -42,7 +42,7 @@ def write_footer(page: Page, chosen: Selection) -> float:
         lines += page.wrap(chosen.failed, ", ", NOTE_PT, 3, lead="not drawn: ")
     height = len(lines) * NOTE_PT * LEADING
     page.paragraph(MARGIN_PT - 4 + height, lines, NOTE_PT, page.look.muted)
-    return float(MARGIN_PT + height)
+    return MARGIN_PT + height
 
 
 def compared(records: Sequence[ResultRecord]) -> list[str]:

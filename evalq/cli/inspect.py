@@ -2,6 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evalq.inspect import Inspection
 
 DESCRIPTION = """\
 What is in a checkpoint, from the headers of its files: architecture, format, bits per weight of every kind
@@ -71,7 +75,7 @@ def _default_file(arguments: argparse.Namespace) -> Path:
     return Path("plots") / "out" / f"inspect-{slug}{'-dark' if arguments.dark else ''}.png"
 
 
-def _plot(found: object, path: Path, dark: bool) -> None:
+def _plot(found: "Inspection", path: Path, dark: bool) -> None:
     """Draw, and say where the picture is on standard error."""
     import sys
 
