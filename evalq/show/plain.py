@@ -36,7 +36,7 @@ def plain(text: str) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Text that stays text in a cell of a Markdown table: no new column or line, no HTML, no link, no style."""
+    """Text that stays text in a cell of a Markdown table: it makes no column, line, HTML, link or style."""
     line = plain(text).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = _MARKDOWN_ACTIVE.sub(lambda found: "\\" + found.group(), line)
     return _MARKDOWN_LINK.sub(lambda found: f"&#{ord(found.group())};", line)
