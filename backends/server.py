@@ -22,7 +22,7 @@ from evalq.backends._server_client import Client
 from evalq.backends._server_contact import Served, find_served, score, serves_elsewhere
 from evalq.backends._server_options import OPTIONS, read_settings
 from evalq.backends._vllm_scores import RowScores
-from evalq.checkpoint.files import Checkpoint, open_checkpoint
+from evalq.checkpoint.headers import Checkpoint, open_checkpoint
 from evalq.errors import ModelError
 from evalq.registry import backend, tokenizer_backend
 

@@ -38,7 +38,7 @@ def draw(found: Inspection, dark: bool = False) -> Figure:
     """
     parts = _largest_first(found)
     if not parts:
-        raise SpecError(f"{found.source.name} holds no weights that could be drawn")
+        raise SpecError(f"{found.checkpoint.name} holds no weights that could be drawn")
     look = style.theme(dark)
     colors = style.group_colors({name: None for part in parts for name, _ in part.formats}, look)
     with quiet_glyphs():
@@ -56,11 +56,11 @@ def _largest_first(found: Inspection) -> list[PartBits]:
 def _write_header(page: Page, found: Inspection, colors: dict[str, str]) -> float:
     """Title, facts, one colour key per format; returns where the bars may begin, points."""
     room = page.width - 2 * MARGIN_PT
-    name = printable(found.source.name.rstrip("/").rpartition("/")[2], 200)
+    name = printable(found.checkpoint.name.rstrip("/").rpartition("/")[2], 200)
     y = page.height - MARGIN_PT + 3
     title = page.shorten(f"Where the bytes of {name} are", room, style.TITLE_PT, "bold")
     y = page.paragraph(y, [title], style.TITLE_PT, page.look.ink, weight="bold")
-    storage = found.source.storage
+    storage = found.checkpoint.storage
     facts = [
         printable(found.facts.scheme, 120),
         parameters_line(found),
@@ -78,7 +78,7 @@ def _draw_bars(page: Page, found: Inspection, colors: dict[str, str], top: float
     parts = _largest_first(found)
     total = sum(part.bytes for part in parts)
     notes = [_note(part, total) for part in parts]
-    names = [part_name(part.part, found.source.storage.tied_head) for part in parts]
+    names = [part_name(part.part, found.checkpoint.storage.tied_head) for part in parts]
     left = MARGIN_PT + max(page.measure(name, style.NAME_PT)[0] for name in names) + 10
     widest = max(page.measure(note, style.VALUE_PT)[0] for note in notes)
     points_per_byte = (page.width - MARGIN_PT - widest - 8 - left) / parts[0].bytes

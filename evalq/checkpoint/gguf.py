@@ -5,24 +5,14 @@ types, so the numbers here add up the tensors.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from evalq.checkpoint.bits import StorageReport, TensorBits, assemble, percent, shares
-from evalq.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header, split_parts
+from evalq.checkpoint.gguf_header import GgufHeader, GgufTensor
 from evalq.checkpoint.weight_kinds import kind_of
 
 # llama.cpp stores the second-level scales of NVFP4 beside the weight.
 _SIDECARS = (".scale", ".input_scale")
-
-
-def measure_gguf(path: Path) -> StorageReport:
-    """Measure a GGUF file, or the split set whose first part it is.
-
-    Raises:
-        ModelError: model_corrupt or model_missing, naming the file.
-    """
-    return measure_headers([read_gguf_header(part) for part in split_parts(path)])
 
 
 def measure_headers(headers: Sequence[GgufHeader]) -> StorageReport:

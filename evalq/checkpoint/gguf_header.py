@@ -10,6 +10,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,6 +56,11 @@ class GgufHeader:
     metadata: dict[str, Any]
     array_lengths: dict[str, int]
     tensors: tuple[GgufTensor, ...]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the tensors."""
+        return {tensor.name for tensor in self.tensors}
 
     def setting(self, name: str) -> Any:
         """The value of "{architecture}.{name}", None when absent."""
@@ -136,21 +142,74 @@ class _Cursor:
             raise corrupt(self.path, f"{what} is not UTF-8 (before byte {self.position:,})") from None
 
 
-def split_parts(path: Path) -> tuple[Path, ...]:
-    """All files of a split set, or the file alone.
+def read_split(path: Path) -> tuple[tuple[Path, ...], tuple[GgufHeader, ...]]:
+    """All files of a split set, or the file alone, with their headers.
 
     Raises:
-        ModelError: model_corrupt if a part is missing, model_missing if `path` is not the first.
+        ModelError: model_corrupt if a part is missing, damaged or of another model, model_missing if `path`
+            is not the first.
     """
     parts = split_names(path)
     for part in parts:
         if not part.is_file():
             raise corrupt(path, f"{part.name} of the same model is not there", "missing-shard")
-    return parts
+    headers = tuple(map(read_gguf_header, parts))
+    require_one_model(parts, headers)
+    return parts, headers
+
+
+def require_one_model(parts: Sequence[Path], headers: Sequence[GgufHeader]) -> None:
+    """Check that files named as parts of one model say so themselves, as llama.cpp's gguf-split writes them.
+
+    Without these settings llama.cpp reads the first file alone, whatever its name says.
+
+    Args:
+        parts: in their order.
+        headers: of the parts.
+
+    Raises:
+        ModelError: model_corrupt, naming the first part that does not belong.
+    """
+    first, count = headers[0].metadata, len(parts)
+    if count == 1 and first.get("split.count", 1) in (0, 1):
+        return
+    names: set[str] = set()
+    for number, (part, header) in enumerate(zip(parts, headers, strict=True)):
+        found = header.metadata
+        if "split.count" not in found:
+            what = (
+                f"its name says part {number + 1} of {count}, and it is a whole model (no split.count inside)"
+            )
+            raise corrupt(part, f"{what}: rename it to score it alone", "split-parts")
+        if (found.get("split.no"), found["split.count"]) != (number, count):
+            inside = f"split.no {found.get('split.no')} and split.count {found['split.count']}"
+            what = f"its name says part {number + 1} of {count}; inside are {clipped(inside)}"
+            raise corrupt(part, what, "split-parts")
+        for key in ("split.tensors.count", "general.architecture", "general.name"):
+            if key in found and key in first and found[key] != first[key]:
+                what = f"{key} is {_shown(found[key])}; in {parts[0].name} it is {_shown(first[key])}"
+                raise corrupt(part, f"of another model: {what}", "split-parts")
+        twice = names & header.names
+        if twice:
+            what = f'of another model: "{clipped(min(twice))}" is in an earlier part too'
+            raise corrupt(part, what, "split-parts")
+        names |= header.names
+    total = first.get("split.tensors.count")
+    if type(total) is int and total != len(names):
+        what = f"split.tensors.count is {total}; its {count} parts hold {len(names)} tensors"
+        raise corrupt(parts[0], what, "split-parts")
+
+
+def _shown(value: Any) -> str:
+    return clipped(str(value), 40)
 
 
 def split_names(path: Path) -> tuple[Path, ...]:
-    """What `split_parts` returns, without looking whether the files are there."""
+    """The files of the split set that a name says it is part of, whether they are there or not.
+
+    Raises:
+        ModelError: model_corrupt for a number that cannot be, model_missing if `path` is not the first.
+    """
     match = _SPLIT.fullmatch(path.name)
     if match is None:
         return (path,)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from evalq.checkpoint.gguf import measure_headers
-from evalq.checkpoint.gguf_header import GgufHeader, parse_gguf_header, split_names
+from evalq.checkpoint.gguf_header import GgufHeader, parse_gguf_header, require_one_model, split_names
+from evalq.checkpoint.headers import LORA_FILE, Checkpoint, open_checkpoint, read_lora
 from evalq.checkpoint.safetensors import (
     QUANTIZATION_FILES,
     group,
@@ -21,14 +22,13 @@ from evalq.checkpoint.safetensors import (
     read_config,
 )
 from evalq.checkpoint.shards import parse_entry
-from evalq.checkpoint.source import LORA_FILE, Source, open_local, read_lora
 from evalq.errors import ModelError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILE = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/(?P<file>(?:[\w.-]+/)*[\w.-]+\.gguf)")
 
 
-def open_hub(name: str, revision: str | None, offline: bool) -> Source:
+def open_hub(name: str, revision: str | None, offline: bool) -> Checkpoint:
     """Read a model's headers on the hub, or those of its download where the hub is out of reach.
 
     Args:
@@ -61,7 +61,7 @@ def _repository(repo: str, revision: str | None) -> Any:
         return None
 
 
-def _open_downloaded(name: str, repo: str, file: str | None, revision: str | None) -> Source:
+def _open_downloaded(name: str, repo: str, file: str | None, revision: str | None) -> Checkpoint:
     """A model that lies in the hub's cache on this machine."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -71,10 +71,10 @@ def _open_downloaded(name: str, repo: str, file: str | None, revision: str | Non
     except LocalEntryNotFoundError:
         what = f"{name}: no such file or directory, not downloaded from the hub, and the hub is out of reach"
         raise ModelError(what, "model_missing", "correct the path, or ask again with a network") from None
-    return open_local(folder / file if file else folder, name)
+    return open_checkpoint(folder / file if file else folder, name)
 
 
-def _open_safetensors(name: str, info: Any) -> Source:
+def _open_safetensors(name: str, info: Any) -> Checkpoint:
     """Headers of all shards, and the configuration."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
@@ -97,19 +97,23 @@ def _open_safetensors(name: str, info: Any) -> Source:
         folder = Path(hf_hub_download(info.id, file, revision=info.sha)).parent
     config = read_config(folder)
     contents = group(tensors, config, quantization_config(folder, config), None)
-    return Source(name, measure(contents), contents, lora_metadata=read_lora(folder), commit=info.sha)
+    return Checkpoint(
+        name, Path(name), measure(contents), contents, lora_metadata=read_lora(folder), commit=info.sha
+    )
 
 
-def _open_gguf(name: str, file: str, info: Any) -> Source:
+def _open_gguf(name: str, file: str, info: Any) -> Checkpoint:
     """Header of a GGUF file, or of all files of a split set."""
     from huggingface_hub import HfFileSystem
 
     system = HfFileSystem()
     headers: list[GgufHeader] = []
-    for part in split_names(Path(file)):
+    parts = split_names(Path(file))
+    for part in parts:
         with system.open(f"{info.id}@{info.sha}/{part.as_posix()}", "rb") as stream:
             headers.append(parse_gguf_header(part, stream, stream.size))
-    return Source(name, measure_headers(headers), gguf=tuple(headers), commit=info.sha)
+    require_one_model(parts, headers)
+    return Checkpoint(name, Path(name), measure_headers(headers), gguf=tuple(headers), commit=info.sha)
 
 
 def _no_weights(name: str, files: list[str]) -> ModelError:

@@ -103,15 +103,6 @@ def quantization_config(directory: Path, config: dict[str, Any]) -> dict[str, An
     return {}
 
 
-def measure_directory(directory: Path) -> StorageReport:
-    """Measure a checkpoint directory from the headers of its safetensors files.
-
-    Raises:
-        ModelError: model_missing, model_corrupt or unsafe_checkpoint, naming the file.
-    """
-    return measure(read_contents(directory))
-
-
 def read_contents(directory: Path) -> Contents:
     """Read the headers of a checkpoint directory and group its tensors into logical weights.
 

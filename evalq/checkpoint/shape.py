@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evalq.checkpoint.measure import is_gguf
+from evalq.checkpoint.headers import is_gguf
 from evalq.checkpoint.safetensors import quantization_config, read_config
 from evalq.checkpoint.shards import RawTensor, find_shards, read_json, read_tensors
 from evalq.errors import ModelError, SpecError

@@ -49,11 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from evalq.inspect import inspect_source, open_model
+    from evalq.inspect import inspect_checkpoint, open_model
     from evalq.inspect.output import as_json, print_inspection
 
-    source = open_model(arguments.model, arguments.revision, arguments.offline)
-    found = inspect_source(source, arguments.deep)
+    checkpoint = open_model(arguments.model, arguments.revision, arguments.offline)
+    found = inspect_checkpoint(checkpoint, arguments.deep)
     if arguments.json:
         sys.stdout.write(as_json(found, arguments.per_tensor))
     else:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from evalq.checkpoint.measure import is_gguf
+from evalq.checkpoint.headers import is_gguf
 from evalq.checkpoint.safetensors import Contents, Logical, read_contents
 from evalq.convert.dense import Written, write_dense
 from evalq.errors import ModelError

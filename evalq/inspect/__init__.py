@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evalq.checkpoint.findings import Finding
-from evalq.checkpoint.source import Source, open_local
+from evalq.checkpoint.headers import Checkpoint, open_checkpoint
 from evalq.errors import ModelError
-from evalq.inspect.consistency import check, check_source
+from evalq.inspect.consistency import check
 from evalq.inspect.engines import Verdict, verdicts
 from evalq.inspect.facts import Facts, facts_of
 from evalq.inspect.layers import PartBits, parts_of, unquantized
 from evalq.inspect.lora import Lora, lora_of
 from evalq.inspect.machine import Machine, this_machine
 
-__all__ = ["Finding", "Inspection", "check", "inspect_model", "inspect_source", "open_model"]
+__all__ = ["Finding", "Inspection", "check", "inspect_model", "inspect_checkpoint", "open_model"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Inspection:
     """What there is to know about a checkpoint before it is loaded.
 
     Args:
-        source: its headers.
+        checkpoint: its headers.
         facts: architecture, size, scheme.
         parts: bytes of every kind of layer.
         unquantized: linear layers left as they were in a quantized model.
@@ -34,7 +34,7 @@ class Inspection:
         machine: this machine.
     """
 
-    source: Source
+    checkpoint: Checkpoint
     facts: Facts
     parts: tuple[PartBits, ...]
     unquantized: tuple[str, ...]
@@ -44,7 +44,7 @@ class Inspection:
     machine: Machine
 
 
-def open_model(name: str, revision: str | None = None, offline: bool = False) -> Source:
+def open_model(name: str, revision: str | None = None, offline: bool = False) -> Checkpoint:
     """Find a model and read its headers.
 
     Args:
@@ -62,29 +62,29 @@ def open_model(name: str, revision: str | None = None, offline: bool = False) ->
         if HUB_NAME.fullmatch(name) or HUB_FILE.fullmatch(name):
             return open_hub(name, revision, offline)
         raise ModelError(f"{name}: no such file or directory, and no owner/name of the hub", "model_missing")
-    return open_local(path, name)
+    return open_checkpoint(path, name)
 
 
 def inspect_model(name: str, revision: str | None = None, offline: bool = False) -> Inspection:
     """Everything about a model, as `open_model` finds it. Raises ModelError."""
-    return inspect_source(open_model(name, revision, offline))
+    return inspect_checkpoint(open_model(name, revision, offline))
 
 
-def inspect_source(source: Source, deep: bool = False) -> Inspection:
+def inspect_checkpoint(checkpoint: Checkpoint, deep: bool = False) -> Inspection:
     """Everything about a model whose headers are read.
 
     Args:
-        source: from `open_model`.
+        checkpoint: from `open_model`.
         deep: check the values of the scales too.
     """
-    facts, machine = facts_of(source), this_machine()
+    facts, machine = facts_of(checkpoint), this_machine()
     return Inspection(
-        source=source,
+        checkpoint=checkpoint,
         facts=facts,
-        parts=parts_of(source.storage),
-        unquantized=unquantized(source.storage),
-        lora=lora_of(source),
-        engines=verdicts(source, facts, machine),
-        findings=tuple(check_source(source, deep)),
+        parts=parts_of(checkpoint.storage),
+        unquantized=unquantized(checkpoint.storage),
+        lora=lora_of(checkpoint),
+        engines=verdicts(checkpoint, facts, machine),
+        findings=tuple(check(checkpoint, deep)),
         machine=machine,
     )

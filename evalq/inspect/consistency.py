@@ -12,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from evalq.checkpoint.damage import DamagedFile
-from evalq.checkpoint.files import Checkpoint
 from evalq.checkpoint.findings import Finding
+from evalq.checkpoint.headers import Checkpoint, open_checkpoint
 from evalq.checkpoint.safetensors import storage_findings
-from evalq.checkpoint.source import Source, open_local
 from evalq.inspect.declared import declared_findings
 from evalq.inspect.lora import lora_findings
 from evalq.inspect.packing import packing_findings
@@ -31,7 +30,7 @@ def check(model: Path | Checkpoint, deep: bool = False) -> list[Finding]:
     """Check a checkpoint.
 
     Args:
-        model: a directory, a GGUF file, or what `open_checkpoint` made of it.
+        model: a directory, a GGUF file, or headers that are read already.
         deep: read the values of the scales too, in bounded memory.
 
     Returns:
@@ -40,26 +39,28 @@ def check(model: Path | Checkpoint, deep: bool = False) -> list[Finding]:
     Raises:
         ModelError: model_missing or unsafe_checkpoint, where there is no checkpoint to check.
     """
-    path = model.path if isinstance(model, Checkpoint) else model
     try:
-        return check_source(open_local(path), deep)
+        checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+        return _findings(checkpoint, deep)
     except DamagedFile as error:
         return [Finding(error.finding, error.path.name, error.message, "error")]
 
 
-def check_source(source: Source, deep: bool = False) -> list[Finding]:
-    """Check a model whose headers are read already. Raises ModelError as `check` does."""
-    findings = [*lora_findings(source), *shape_findings(source)]
-    if not source.storage.disk_bytes:
-        findings.append(Finding("no-weights", source.name, f"{source.name} holds no weights", "error"))
-    if source.contents is not None:
-        packing = list(packing_findings(source.contents))
-        found = storage_findings(source.contents)
+def _findings(checkpoint: Checkpoint, deep: bool) -> list[Finding]:
+    """Findings about headers that are read already."""
+    findings = [*lora_findings(checkpoint), *shape_findings(checkpoint)]
+    if not checkpoint.storage.disk_bytes:
+        findings.append(
+            Finding("no-weights", checkpoint.name, f"{checkpoint.name} holds no weights", "error")
+        )
+    if checkpoint.contents is not None:
+        packing = list(packing_findings(checkpoint.contents))
+        found = storage_findings(checkpoint.contents)
         if any(finding.name == "missing-scale" for finding in packing):
             found = [finding for finding in found if finding.name != "unknown-packing"]
-        findings += [*found, *packing, *declared_findings(source), *_file_findings(source)]
-        if deep and source.contents.shards is not None:
-            findings += scale_value_findings(source.contents)
+        findings += [*found, *packing, *declared_findings(checkpoint), *_file_findings(checkpoint)]
+        if deep and checkpoint.contents.shards is not None:
+            findings += scale_value_findings(checkpoint.contents)
     return sorted(_merged(findings), key=lambda finding: finding.severity != "error")
 
 
@@ -73,10 +74,10 @@ def _merged(findings: Iterable[Finding]) -> Iterator[Finding]:
         yield replace(first, message=first.message + more)
 
 
-def _file_findings(source: Source) -> Iterator[Finding]:
+def _file_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Shards that nothing names, shards that a number says are missing, tensors that the index leaves out."""
-    assert source.contents is not None
-    shards = source.contents.shards
+    assert checkpoint.contents is not None
+    shards = checkpoint.contents.shards
     if shards is None:
         return
     directory, known = shards.files[0].parent, {file.name for file in shards.files}
@@ -88,9 +89,9 @@ def _file_findings(source: Source) -> Iterator[Finding]:
     if shards.index is None:
         yield from _missing_numbers(known)
         return
-    unlisted = [name for name in source.contents.tensors if name not in shards.weight_map]
+    unlisted = [name for name in checkpoint.contents.tensors if name not in shards.weight_map]
     for name in unlisted:
-        message = f"{name} is in {source.contents.tensors[name].file.name} and not in {shards.index.name}"
+        message = f"{name} is in {checkpoint.contents.tensors[name].file.name} and not in {shards.index.name}"
         yield Finding("unlisted-tensor", name, message, "warning")
 
 

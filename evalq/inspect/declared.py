@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from evalq.checkpoint.findings import Finding
+from evalq.checkpoint.headers import Checkpoint, config_groups
 from evalq.checkpoint.safetensors import Logical
-from evalq.checkpoint.source import Source, config_groups
 from evalq.inspect.layers import UNQUANTIZED, Part, is_language_model, part_of
 
 # What a format's weights are called, as the beginning of `TensorBits.format`, and whether they are packed.
@@ -30,11 +30,11 @@ _METHODS = {
 _QUANTIZED_PARTS: tuple[Part, ...] = ("attention", "MLP", "experts", "shared experts")
 
 
-def declared_findings(source: Source) -> Iterator[Finding]:
+def declared_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Contradictions between the quantization config and the tensors."""
-    assert source.contents is not None
-    quantized = [weight for weight in source.contents.logical if weight.family is not None]
-    settings = source.settings
+    assert checkpoint.contents is not None
+    quantized = [weight for weight in checkpoint.contents.logical if weight.family is not None]
+    settings = checkpoint.settings
     if not settings:
         if quantized:
             first = quantized[0]
@@ -42,7 +42,7 @@ def declared_findings(source: Source) -> Iterator[Finding]:
             yield Finding("undeclared-format", first.bits.name, message, "error")
         return
     if not quantized:
-        yield from _all_plain(source)
+        yield from _all_plain(checkpoint)
         return
     for weight in quantized:
         if not _is_declared(weight, settings):
@@ -50,7 +50,7 @@ def declared_findings(source: Source) -> Iterator[Finding]:
                 f"{weight.bits.name} is {_spelled(weight)}; the config declares {_declaration(settings)}"
             )
             yield Finding("declared-format", weight.bits.name, message, "error")
-    yield from _not_ignored(source.contents.logical, settings)
+    yield from _not_ignored(checkpoint.contents.logical, settings)
 
 
 def _declaration(settings: dict[str, Any]) -> str:
@@ -64,14 +64,14 @@ def _spelled(weight: Logical) -> str:
     return weight.bits.format if weight.bits.format.startswith(maker) else f"{maker} {weight.bits.format}"
 
 
-def _all_plain(source: Source) -> Iterator[Finding]:
+def _all_plain(checkpoint: Checkpoint) -> Iterator[Finding]:
     """A config that declares a format none of the weights has."""
-    settings = source.settings
+    settings = checkpoint.settings
     # bitsandbytes quantizes plain weights while it loads them; the others mean what is in the files.
     status, method = settings.get("quantization_status"), settings.get("quant_method")
     if method == "bitsandbytes" or status not in (None, "compressed") or settings.get("format") == "dense":
         return
-    plain = [t for t in source.storage.tensors if t.kind == "layer" and t.format in UNQUANTIZED]
+    plain = [t for t in checkpoint.storage.tensors if t.kind == "layer" and t.format in UNQUANTIZED]
     if plain:
         message = f"the config declares {_declaration(settings)}; {plain[0].name} is {plain[0].format}"
         yield Finding("declared-format", plain[0].name, f"{message}, and no weight is quantized", "error")

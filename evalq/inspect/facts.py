@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evalq.checkpoint.bits import TensorBits
-from evalq.checkpoint.files import POSITION_KEYS
-from evalq.checkpoint.source import Source, config_groups
+from evalq.checkpoint.headers import POSITION_KEYS, Checkpoint, config_groups
 from evalq.checkpoint.weight_kinds import is_buffer
 from evalq.inspect.layers import UNQUANTIZED, part_of
 
@@ -52,46 +51,46 @@ class Facts:
     tied_head: bool
 
 
-def facts_of(source: Source) -> Facts:
+def facts_of(checkpoint: Checkpoint) -> Facts:
     """The facts of a model, from its headers and configuration."""
-    if source.gguf:
-        return _gguf_facts(source)
-    experts = source.integer(*_EXPERTS)
-    architectures = source.config.get("architectures")
+    if checkpoint.gguf:
+        return _gguf_facts(checkpoint)
+    experts = checkpoint.integer(*_EXPERTS)
+    architectures = checkpoint.config.get("architectures")
     names = architectures if isinstance(architectures, list) else []
-    name = next(iter(names), source.config.get("model_type"))
+    name = next(iter(names), checkpoint.config.get("model_type"))
     return Facts(
         architecture=None if name is None else str(name),
-        parameters=_parameters(source.storage.tensors),
-        active_parameters=_active(source, experts, source.integer(*_ACTIVE)),
-        scheme=scheme_line(source),
-        activations=_activations(source.settings),
-        kv_cache=_kv_cache(source),
-        context_length=source.integer(*POSITION_KEYS),
-        layers=source.integer("num_hidden_layers", "n_layer", "num_layers"),
-        hidden=source.integer("hidden_size", "n_embd", "d_model"),
-        heads=source.integer("num_attention_heads", "n_head"),
-        kv_heads=source.integer("num_key_value_heads"),
+        parameters=_parameters(checkpoint.storage.tensors),
+        active_parameters=_active(checkpoint, experts, checkpoint.integer(*_ACTIVE)),
+        scheme=scheme_line(checkpoint),
+        activations=_activations(checkpoint.settings),
+        kv_cache=_kv_cache(checkpoint),
+        context_length=checkpoint.integer(*POSITION_KEYS),
+        layers=checkpoint.integer("num_hidden_layers", "n_layer", "num_layers"),
+        hidden=checkpoint.integer("hidden_size", "n_embd", "d_model"),
+        heads=checkpoint.integer("num_attention_heads", "n_head"),
+        kv_heads=checkpoint.integer("num_key_value_heads"),
         experts=experts,
-        vocabulary=source.integer("vocab_size"),
-        tied_head=source.storage.tied_head,
+        vocabulary=checkpoint.integer("vocab_size"),
+        tied_head=checkpoint.storage.tied_head,
     )
 
 
-def _gguf_facts(source: Source) -> Facts:
+def _gguf_facts(checkpoint: Checkpoint) -> Facts:
     """The same of a GGUF model, from its settings."""
 
     def setting(name: str) -> int | None:
-        value = source.gguf_setting(name)
+        value = checkpoint.gguf_setting(name)
         return value if type(value) is int and value > 0 else None
 
     experts = setting("expert_count")
-    tokens = source.gguf[0].array_lengths.get("tokenizer.ggml.tokens")
+    tokens = checkpoint.gguf[0].array_lengths.get("tokenizer.ggml.tokens")
     return Facts(
-        architecture=source.gguf[0].metadata.get("general.architecture"),
-        parameters=_parameters(source.storage.tensors),
-        active_parameters=_active(source, experts, setting("expert_used_count")),
-        scheme=source.storage.format,
+        architecture=checkpoint.gguf[0].metadata.get("general.architecture"),
+        parameters=_parameters(checkpoint.storage.tensors),
+        active_parameters=_active(checkpoint, experts, setting("expert_used_count")),
+        scheme=checkpoint.storage.format,
         activations="not quantized by the file",
         kv_cache="chosen when it is run",
         context_length=setting("context_length"),
@@ -101,7 +100,7 @@ def _gguf_facts(source: Source) -> Facts:
         kv_heads=setting("attention.head_count_kv"),
         experts=experts,
         vocabulary=tokens or setting("vocab_size"),
-        tied_head=source.storage.tied_head,
+        tied_head=checkpoint.storage.tied_head,
     )
 
 
@@ -116,19 +115,19 @@ def _is_parameter(tensor: TensorBits) -> bool:
     return tensor.format in UNQUANTIZED and not is_buffer(tensor.name) and "scale" not in tensor.name
 
 
-def _active(source: Source, experts: int | None, used: int | None) -> int | None:
+def _active(checkpoint: Checkpoint, experts: int | None, used: int | None) -> int | None:
     """Parameters that one token passes through; None without experts."""
     if not experts or not used:
         return None
-    routed = sum(t.numel for t in source.storage.tensors if part_of(t) == "experts")
-    return _parameters(source.storage.tensors) - routed + routed * used // experts if routed else None
+    routed = sum(t.numel for t in checkpoint.storage.tensors if part_of(t) == "experts")
+    return _parameters(checkpoint.storage.tensors) - routed + routed * used // experts if routed else None
 
 
-def scheme_line(source: Source) -> str:
+def scheme_line(checkpoint: Checkpoint) -> str:
     """Format and scheme: "compressed-tensors pack-quantized INT4, group 128, symmetric"."""
-    if source.gguf or source.storage.format.startswith("EXL3"):
-        return source.storage.format
-    first, *others = source.storage.format.split(", ")
+    if checkpoint.gguf or checkpoint.storage.format.startswith("EXL3"):
+        return checkpoint.storage.format
+    first, *others = checkpoint.storage.format.split(", ")
     first = re.sub(r" (group|block|channel|tensor|symmetric|asymmetric)\b", r", \1", first)
     return f"{first}; also {', '.join(others)}" if others else first
 
@@ -147,10 +146,13 @@ def _activations(settings: Mapping[str, Any]) -> str:
     return "not quantized"
 
 
-def _kv_cache(source: Source) -> str:
+def _kv_cache(checkpoint: Checkpoint) -> str:
     """The KV cache that the checkpoint asks for, and whether its scales are in the files."""
-    scheme, algorithm = source.settings.get("kv_cache_scheme"), source.settings.get("kv_cache_quant_algo")
-    scales = sum(t.name.endswith(".k_scale") for t in source.storage.tensors)
+    scheme, algorithm = (
+        checkpoint.settings.get("kv_cache_scheme"),
+        checkpoint.settings.get("kv_cache_quant_algo"),
+    )
+    scales = sum(t.name.endswith(".k_scale") for t in checkpoint.storage.tensors)
     asked = _arguments_line(scheme) if isinstance(scheme, dict) else str(algorithm or "")
     if not asked:
         return f"scales of {scales} layers in the files, no scheme declared" if scales else "not quantized"

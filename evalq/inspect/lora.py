@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evalq.checkpoint.findings import Finding
-from evalq.checkpoint.source import LORA_FILE, Source
+from evalq.checkpoint.headers import LORA_FILE, Checkpoint
 from evalq.inspect.layers import Part, is_language_model, part_of
 
 _ADAPTABLE: tuple[Part, ...] = (
@@ -40,11 +40,11 @@ class Lora:
     metadata: dict[str, Any]
 
 
-def lora_of(source: Source) -> Lora:
+def lora_of(checkpoint: Checkpoint) -> Lora:
     """What the checkpoint declares, else what its modules allow."""
-    derived = derived_targets(source)
-    metadata = source.lora_metadata
-    for origin, declared in ((LORA_FILE, metadata), ("config.json", source.config)):
+    derived = derived_targets(checkpoint)
+    metadata = checkpoint.lora_metadata
+    for origin, declared in ((LORA_FILE, metadata), ("config.json", checkpoint.config)):
         if {"lora_compatible", "lora_target_modules"} & declared.keys():
             targets = _names(declared.get("lora_target_modules"))
             compatible = declared.get("lora_compatible", bool(targets))
@@ -52,17 +52,17 @@ def lora_of(source: Source) -> Lora:
     return Lora(bool(derived), derived, "derived from the modules", metadata)
 
 
-def derived_targets(source: Source) -> tuple[str, ...]:
+def derived_targets(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Last names of the language model's linear layers, in the order of the files.
 
     The head is left out: engines disagree on adapters there. So are routers, and experts stored as one
     tensor of three dimensions, which are no modules.
     """
-    if source.contents is not None:
-        shapes: Iterable[tuple[Any, int]] = ((w.bits, len(w.shape)) for w in source.contents.logical)
+    if checkpoint.contents is not None:
+        shapes: Iterable[tuple[Any, int]] = ((w.bits, len(w.shape)) for w in checkpoint.contents.logical)
     else:
-        dimensions = {t.name: len(t.shape) for header in source.gguf for t in header.tensors}
-        shapes = ((t, dimensions[t.name]) for t in source.storage.tensors)
+        dimensions = {t.name: len(t.shape) for header in checkpoint.gguf for t in header.tensors}
+        shapes = ((t, dimensions[t.name]) for t in checkpoint.storage.tensors)
     names = [
         bits.name.removesuffix(".weight").rpartition(".")[2]
         for bits, sides in shapes
@@ -72,10 +72,10 @@ def derived_targets(source: Source) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def lora_findings(source: Source) -> list[Finding]:
+def lora_findings(checkpoint: Checkpoint) -> list[Finding]:
     """Modules that the checkpoint declares as targets and does not have."""
-    lora = lora_of(source)
-    modules = {part for t in source.storage.tensors for part in t.name.split(".")}
+    lora = lora_of(checkpoint)
+    modules = {part for t in checkpoint.storage.tensors for part in t.name.split(".")}
     # A pattern or "all-linear" names no module.
     names = [n for n in lora.target_modules if n.replace(".", "_").isidentifier()]
     absent = [name for name in names if name.split(".")[-1] not in modules]

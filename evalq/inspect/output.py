@@ -57,11 +57,11 @@ def _short(count: int) -> str:
 
 
 def _print_facts(found: Inspection, console: Console) -> None:
-    storage = found.source.storage
+    storage = found.checkpoint.storage
     bpw = "" if storage.layer_bpw is None else f", {storage.layer_bpw:.3f} bits per weight in the layers"
-    where = f" ({found.source.commit[:12]} on the hub)" if found.source.commit else ""
+    where = f" ({found.checkpoint.commit[:12]} on the hub)" if found.checkpoint.commit else ""
     rows = [
-        ("model", found.source.name + where),
+        ("model", found.checkpoint.name + where),
         ("architecture", _architecture(found)),
         ("format", found.facts.scheme),
         ("size", f"{parameters_line(found)}, {size(storage.disk_bytes)}{bpw}"),
@@ -99,7 +99,7 @@ def _architecture(found: Inspection) -> str:
 
 
 def _head(found: Inspection) -> str:
-    storage = found.source.storage
+    storage = found.checkpoint.storage
     if storage.head_bpw is None:
         return "none"
     where = "tied to the embedding" if storage.tied_head else "its own tensor"
@@ -123,7 +123,7 @@ def _parts_table(found: Inspection) -> Table:
     for part in found.parts:
         bpw = "–" if part.bpw is None else f"{part.bpw:.3f}"
         numbers = (f"{part.tensors:,}", _short(part.weights), bpw, size(part.bytes))
-        name = part_name(part.part, found.source.storage.tied_head)
+        name = part_name(part.part, found.checkpoint.storage.tied_head)
         table.add_row(name, *numbers, share(part.bytes, total), escape(part.format_line))
     return table
 
@@ -162,7 +162,7 @@ def _tensor_table(found: Inspection) -> Table:
     for name in ("weights", "bpw", "bytes"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("format")
-    for tensor in found.source.storage.tensors:
+    for tensor in found.checkpoint.storage.tensors:
         bpw = f"{8 * tensor.bytes / tensor.numel:.3f}" if tensor.numel else "–"
         numbers = (f"{tensor.numel:,}", bpw, f"{tensor.bytes:,}")
         table.add_row(escape(tensor.name), part_of(tensor), *numbers, escape(tensor.format))
@@ -171,11 +171,11 @@ def _tensor_table(found: Inspection) -> Table:
 
 def as_json(found: Inspection, per_tensor: bool) -> str:
     """The same as a JSON object; keys only come, they do not change their meaning within a version."""
-    storage = found.source.storage
+    storage = found.checkpoint.storage
     value: dict[str, Any] = {
         "version": JSON_VERSION,
-        "model": found.source.name,
-        "commit": found.source.commit,
+        "model": found.checkpoint.name,
+        "commit": found.checkpoint.commit,
         "container": storage.container,
         **asdict(found.facts),
         "disk_bytes": storage.disk_bytes,

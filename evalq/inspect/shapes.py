@@ -11,8 +11,8 @@ from typing import Any
 
 from evalq.checkpoint.dimensions import SIDES, side_lengths
 from evalq.checkpoint.findings import Finding
+from evalq.checkpoint.headers import Checkpoint
 from evalq.checkpoint.safetensors import Logical
-from evalq.checkpoint.source import Source
 from evalq.inspect.layers import is_language_model
 
 # transformers' model types with nn.Linear(hidden_size, num_attention_heads * head_dim) and the like
@@ -28,22 +28,22 @@ _LAYERS_MAX = 10_000  # a config may claim any number
 _EXTRA_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 
-def shape_findings(source: Source) -> Iterator[Finding]:
+def shape_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Tensors whose shape the configuration contradicts, and missing or surplus layers."""
-    yield from _layer_findings(source)
-    if source.gguf:
-        yield from _gguf_embedding(source)
+    yield from _layer_findings(checkpoint)
+    if checkpoint.gguf:
+        yield from _gguf_embedding(checkpoint)
         return
-    assert source.contents is not None
-    yield from _head_findings(source)
-    if str(source.text_config.get("model_type")) not in PLAIN_TYPES:
+    assert checkpoint.contents is not None
+    yield from _head_findings(checkpoint)
+    if str(checkpoint.text_config.get("model_type")) not in PLAIN_TYPES:
         return
-    expected = _expected_sides(source.text_config)
-    for weight in source.contents.logical:
+    expected = _expected_sides(checkpoint.text_config)
+    for weight in checkpoint.contents.logical:
         if is_language_model(weight.bits.name):
             yield from _wrong_sides(weight, expected)
-    if not source.integer("num_local_experts", "num_experts"):
-        yield from _missing_in_layers(source)
+    if not checkpoint.integer("num_local_experts", "num_experts"):
+        yield from _missing_in_layers(checkpoint)
 
 
 def _expected_sides(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -75,31 +75,31 @@ def _wrong_sides(weight: Logical, expected: dict[str, tuple[tuple[int, ...], ...
             return
 
 
-def _layer_findings(source: Source) -> Iterator[Finding]:
+def _layer_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Layers that the configuration counts and the files lack, and the other way round."""
-    by_name = {t.name: match for t in source.storage.tensors if (match := _LAYER.search(t.name))}
+    by_name = {t.name: match for t in checkpoint.storage.tensors if (match := _LAYER.search(t.name))}
     names = [name for name in by_name if is_language_model(name) and "encoder" not in name]
     present = {int(by_name[name][1]) for name in names}
     keys = ("num_hidden_layers", "n_layer", "num_layers")
-    count = source.gguf_setting("block_count") if source.gguf else source.integer(*keys)
+    count = checkpoint.gguf_setting("block_count") if checkpoint.gguf else checkpoint.integer(*keys)
     if not present or type(count) is not int:
         return
-    where = "the file's settings count" if source.gguf else "config.json counts"
+    where = "the file's settings count" if checkpoint.gguf else "config.json counts"
     prefix = by_name[names[0]].string[: by_name[names[0]].start(1)]
     for number in sorted(set(range(min(count, _LAYERS_MAX))) - present):
         message = f"{prefix}{number} has no tensors; {where} {count} layers"
         yield Finding("missing-layer", f"{prefix}{number}", message, "error")
-    extra = sum(source.integer(key) or 0 for key in _EXTRA_LAYERS)
+    extra = sum(checkpoint.integer(key) or 0 for key in _EXTRA_LAYERS)
     for number in sorted(n for n in present if n >= count + extra):
         message = f"{prefix}{number} is there; {where} {count} layers"
         yield Finding("extra-layer", f"{prefix}{number}", message, "warning")
 
 
-def _missing_in_layers(source: Source) -> Iterator[Finding]:
+def _missing_in_layers(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Weights that some layers of a dense model have and others lack."""
     holders: dict[str, set[int]] = defaultdict(set)
     prefixes: dict[int, str] = {}
-    for tensor in source.storage.tensors:
+    for tensor in checkpoint.storage.tensors:
         match = _LAYER.search(tensor.name)
         if match and tensor.kind in ("layer", "norm") and is_language_model(tensor.name):
             module = tensor.name[match.end() :].rpartition(".")[0]
@@ -112,26 +112,26 @@ def _missing_in_layers(source: Source) -> Iterator[Finding]:
             yield Finding("missing-tensor", name, message, "error")
 
 
-def _head_findings(source: Source) -> Iterator[Finding]:
+def _head_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """A head that config.json ties and the files hold, or the other way round."""
-    tied, has_head = source.text_config.get("tie_word_embeddings"), not source.storage.tied_head
-    if not source.storage.head_weights:
+    tied, has_head = checkpoint.text_config.get("tie_word_embeddings"), not checkpoint.storage.tied_head
+    if not checkpoint.storage.head_weights:
         return
     if tied is False and not has_head:
         message = "config.json does not tie the head to the embedding, and no head is in the files"
         yield Finding("missing-head", "lm_head.weight", message, "error")
     # exllamav3 writes a quantized copy of a tied head on purpose.
-    if tied is True and has_head and not source.storage.format.startswith("EXL3"):
-        name = next(t.name for t in source.storage.tensors if t.kind == "head")
+    if tied is True and has_head and not checkpoint.storage.format.startswith("EXL3"):
+        name = next(t.name for t in checkpoint.storage.tensors if t.kind == "head")
         message = f"{name} is in the files, and config.json ties the head to the embedding: engines differ"
         yield Finding("tied-head-stored", name, message, "warning")
 
 
-def _gguf_embedding(source: Source) -> Iterator[Finding]:
+def _gguf_embedding(checkpoint: Checkpoint) -> Iterator[Finding]:
     """The embedding of a GGUF model against its width and its vocabulary."""
-    width = source.gguf_setting("embedding_length")
-    vocabulary = source.gguf[0].array_lengths.get("tokenizer.ggml.tokens")
-    for tensor in (t for header in source.gguf for t in header.tensors if t.name == "token_embd.weight"):
+    width = checkpoint.gguf_setting("embedding_length")
+    vocabulary = checkpoint.gguf[0].array_lengths.get("tokenizer.ggml.tokens")
+    for tensor in (t for header in checkpoint.gguf for t in header.tensors if t.name == "token_embd.weight"):
         wanted = (width or tensor.shape[0], vocabulary or tensor.shape[-1])
         if tensor.shape != wanted:
             message = (

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from evalq.checkpoint.adapter import Adapter, read_adapter, require_features, require_fits
-from evalq.checkpoint.files import Checkpoint, open_checkpoint
+from evalq.checkpoint.bits import StorageReport
 from evalq.checkpoint.fingerprint import fingerprint
+from evalq.checkpoint.headers import Checkpoint, open_checkpoint
 from evalq.checkpoint.locate import ModelFiles, locate, locate_adapter
-from evalq.checkpoint.measure import StorageReport
-from evalq.checkpoint.source import Source, open_local
 from evalq.errors import ModelError
-from evalq.inspect.consistency import check_source
+from evalq.inspect.consistency import check
 from evalq.interpreters import versions
 from evalq.registry import Engine, backend, resolve_engine
 from evalq.results.store import Store
@@ -61,10 +60,9 @@ def prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared:
     found = _installed_versions(engine, python)
     files = locate(spec, offline)
     checkpoint = open_checkpoint(files.path)
-    source = open_local(files.path)
-    storage = source.storage
-    _require_sound(source)
-    adapter = None if spec.lora is None else _adapter(spec, spec.lora, engine, source, offline)
+    storage = checkpoint.storage
+    _require_sound(checkpoint)
+    adapter = None if spec.lora is None else _adapter(spec, spec.lora, engine, checkpoint, offline)
     print_ = fingerprint(checkpoint.files, store.root / "digests.json")
     overlay = None
     if files.overlay is not None:
@@ -87,16 +85,18 @@ def prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared:
     return Prepared(spec, engine, python, found, files, checkpoint, storage, identity, adapter)
 
 
-def _require_sound(source: Source) -> None:
+def _require_sound(checkpoint: Checkpoint) -> None:
     """Raise ModelError (model_corrupt) for files that contradict themselves or their config.json."""
-    for finding in check_source(source):
+    for finding in check(checkpoint):
         if finding.severity == "error":
             raise ModelError(
-                f"{source.name}: {finding}", "model_corrupt", "evalq inspect shows all that is wrong with it"
+                f"{checkpoint.name}: {finding}",
+                "model_corrupt",
+                "evalq inspect shows all that is wrong with it",
             )
 
 
-def _adapter(spec: ModelSpec, lora: LoraSpec, engine: Engine, base: Source, offline: bool) -> Adapter:
+def _adapter(spec: ModelSpec, lora: LoraSpec, engine: Engine, base: Checkpoint, offline: bool) -> Adapter:
     """The adapter of a spec. Raises ModelError unless it goes on this engine and this base."""
     if engine.lora_features is None:
         raise ModelError(

@@ -23,7 +23,7 @@ from evalq.backend import Batch, LoadedModel, LoadRequest
 from evalq.backends import _exl3_run, exl3
 from evalq.backends._exl3_run import CHUNK_ROWS_MIN, INPUT_TOKENS_MIN, Handle, resident, streamed
 from evalq.backends._exl3_tokenizer import JsonTokenizer
-from evalq.checkpoint.measure import measure_storage
+from evalq.checkpoint.headers import open_checkpoint
 from evalq.errors import ModelError
 from evalq.failures import CATEGORIES
 
@@ -303,7 +303,7 @@ def test_bits_of_an_exl3_directory_are_counted_from_its_headers(tmp_path: Path) 
 
     tensors = linear("model.layers.0.mlp.up_proj", 256, 128, 3) | linear("lm_head", 128, 256, 6)
     save_file(tensors | {"model.norm.weight": np.ones(256, np.float16)}, folder / "model.safetensors")
-    report = measure_storage(folder)
+    report = open_checkpoint(folder).storage
     assert report.layer_bpw == pytest.approx(3 + 16 * (256 + 128) / (256 * 128))
     assert report.head_bpw == pytest.approx(6 + 16 * (256 + 128) / (256 * 128))
 
@@ -405,6 +405,6 @@ class TestEngine:
 
     def test_bits_are_the_engines(self, checkpoint: Path, real: LoadedModel) -> None:
         layer_bpw, head_bpw, _ = real.handle.model.get_storage_info()
-        report = measure_storage(checkpoint)
+        report = open_checkpoint(checkpoint).storage
         assert report.layer_bpw == pytest.approx(layer_bpw, abs=5e-5)
         assert report.head_bpw == pytest.approx(head_bpw, abs=5e-5)

@@ -11,20 +11,16 @@ import torch
 from checkpoint_writers import around, write_checkpoint, write_shards
 from safetensors.torch import save_file
 
-from evalq.checkpoint.files import open_checkpoint
-from evalq.checkpoint.measure import measure_storage
+from evalq.checkpoint.headers import open_checkpoint
 from evalq.errors import ModelError
 
 GOOD = around({"model.layers.0.mlp.up_proj.weight": ("BF16", (64, 64))})
 
 
 def refused(path: Path, category: str) -> str:
-    """The message, the same from both ways in, naming a file in one line."""
+    """The message, naming a file in one line."""
     with pytest.raises(ModelError) as error:
-        measure_storage(path)
-    with pytest.raises(ModelError) as again:
         open_checkpoint(path)
-    assert str(error.value) == str(again.value)
     assert error.value.category == category
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -105,7 +101,7 @@ def test_index_naming_a_tensor_that_the_shard_lacks(tmp_path):
     write_shards(tmp_path, [GOOD, {"b.weight": ("F16", (4, 4))}])
     save_file({"c.weight": torch.zeros(4)}, tmp_path / "model-00002-of-00002.safetensors")
     with pytest.raises(ModelError, match='lacks "b.weight", which the index puts here') as error:
-        measure_storage(tmp_path)
+        open_checkpoint(tmp_path)
     assert error.value.category == "model_corrupt"
 
 
@@ -171,7 +167,7 @@ def test_pickles_are_refused_with_a_command_that_works(tmp_path, name):
     )
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert measure_storage(tmp_path).layer_weights == 16
+    assert open_checkpoint(tmp_path).storage.layer_weights == 16
 
 
 def test_a_pickle_file_itself_is_refused(tmp_path):
@@ -182,7 +178,7 @@ def test_a_pickle_file_itself_is_refused(tmp_path):
 def test_a_pickle_beside_safetensors_is_ignored(tmp_path):
     write_checkpoint(tmp_path, GOOD)
     (tmp_path / "pytorch_model.bin").write_bytes(b"whatever")
-    assert measure_storage(tmp_path).layer_bpw == 16
+    assert open_checkpoint(tmp_path).storage.layer_bpw == 16
 
 
 @pytest.mark.parametrize(
@@ -206,7 +202,7 @@ def test_a_pickle_beside_safetensors_is_ignored(tmp_path):
 def test_layers_that_contradict_their_family(tmp_path, shapes, words):
     write_checkpoint(tmp_path, shapes)
     with pytest.raises(ModelError) as error:
-        measure_storage(tmp_path)
+        open_checkpoint(tmp_path)
     assert words in str(error.value)
     assert error.value.category == "model_corrupt"
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evalq.checkpoint.files import open_checkpoint
-from evalq.checkpoint.measure import measure_storage
+from evalq.checkpoint.headers import open_checkpoint
 
 MAKER = Path(__file__).parents[1] / "support" / "compress_llama.py"
 HIDDEN, INNER, VOCAB, KEY, LAYERS = 256, 512, 96, 128, 2  # as in compress_llama.py
@@ -65,7 +64,7 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_bits_of_every_scheme(checkpoints, name):
     linear_bytes, format_line = CASES[name]
-    report = measure_storage(checkpoints / name)
+    report = open_checkpoint(checkpoints / name).storage
     expected_bytes = LAYERS * sum(linear_bytes(out, inn) for out, inn in LINEARS)
     assert (report.layer_bytes, report.layer_weights) == (expected_bytes, WEIGHTS)
     assert report.layer_bpw == pytest.approx(8 * expected_bytes / WEIGHTS, rel=1e-12)
@@ -81,12 +80,13 @@ def test_bits_of_every_scheme(checkpoints, name):
 def test_table_values_for_group_128(checkpoints):
     """16 bytes of weight_shape per layer are all that stands between these and 4.125 and 4.15625."""
     shape_bits = 8 * 16 * len(LINEARS) * LAYERS / WEIGHTS
-    assert measure_storage(checkpoints / "W4A16").layer_bpw == pytest.approx(4.125 + shape_bits, rel=1e-12)
-    assert measure_storage(checkpoints / "W4A16_ASYM").layer_bpw == pytest.approx(4.15625 + shape_bits)
+    bpw = {name: open_checkpoint(checkpoints / name).storage.layer_bpw for name in ("W4A16", "W4A16_ASYM")}
+    assert bpw["W4A16"] == pytest.approx(4.125 + shape_bits, rel=1e-12)
+    assert bpw["W4A16_ASYM"] == pytest.approx(4.15625 + shape_bits)
 
 
 def test_logical_names_are_the_unquantized_models(checkpoints):
-    report = measure_storage(checkpoints / "W4A16")
+    report = open_checkpoint(checkpoints / "W4A16").storage
     by_kind = {kind: {t.name for t in report.tensors if t.kind == kind} for kind in ("layer", "head", "norm")}
     assert "model.layers.1.mlp.down_proj.weight" in by_kind["layer"]
     assert len(by_kind["layer"]) == len(LINEARS) * LAYERS
@@ -102,7 +102,7 @@ def test_mixed_checkpoint(checkpoints, tmp_path):
     tensors[f"{stem}.weight"] = torch.zeros(HIDDEN, INNER, dtype=torch.bfloat16)
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((checkpoints / "W4A16" / "config.json").read_bytes())
-    before, after = measure_storage(checkpoints / "W4A16"), measure_storage(tmp_path)
+    before, after = open_checkpoint(checkpoints / "W4A16").storage, open_checkpoint(tmp_path).storage
     assert after.layer_weights == before.layer_weights
     gained = 2 * HIDDEN * INNER - sum(t.nbytes for t in removed)
     assert after.layer_bytes == before.layer_bytes + gained
@@ -121,7 +121,7 @@ def test_padded_rows_are_counted_by_weight_shape(checkpoints, tmp_path):
         tmp_path / "model.safetensors",
     )
     (tmp_path / "config.json").write_bytes((checkpoints / "W4A16_channel" / "config.json").read_bytes())
-    report = measure_storage(tmp_path)
+    report = open_checkpoint(tmp_path).storage
     assert (report.layer_weights, report.layer_bytes) == (160, 8 * 3 * 4 + 16 + 16)
     assert "INT4 channel" in report.format
 
@@ -132,11 +132,11 @@ def test_nvfp4_global_scales_that_differ_are_found(checkpoints, tmp_path):
         tensors[f"model.layers.{layer}.self_attn.k_proj.weight_global_scale"] = torch.tensor([value])
     tensors["model.layers.0.mlp.down_proj.weight_global_scale"] = torch.tensor([1.0])  # fused with nothing
     save_file(tensors, tmp_path / "model.safetensors")
-    (finding,) = measure_storage(tmp_path).findings
+    (finding,) = open_checkpoint(tmp_path).storage.findings
     assert finding.startswith("nvfp4-global-scale-mismatch: model.layers.0.self_attn ")
     assert "q_proj 20000, k_proj 31638, v_proj 20000" in finding
     assert "1 more" in finding
-    assert measure_storage(checkpoints / "NVFP4A16").findings == ()
+    assert open_checkpoint(checkpoints / "NVFP4A16").storage.findings == ()
 
 
 def test_checkpoint_describes_itself(checkpoints):

@@ -2,7 +2,6 @@
 
 import os
 import struct
-import time
 from pathlib import Path
 
 import gguf
@@ -10,9 +9,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from evalq.checkpoint.files import open_checkpoint
-from evalq.checkpoint.measure import measure_storage
+from evalq.checkpoint.headers import open_checkpoint
 from evalq.errors import ModelError
+from evalq.inspect import check
 
 ROWS, COLUMNS, VOCAB = 6, 512, 40
 BPW = {"Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q8_0": 8.5, "MXFP4": 4.25, "Q4_K": 4.5, "Q6_K": 6.5625,
@@ -59,7 +58,7 @@ def model(layer: Type, head: Type | None = Type.Q6_K) -> dict[str, tuple[Type, t
 
 @pytest.mark.parametrize("name", BPW)
 def test_bits_of_every_type(tmp_path, name):
-    report = measure_storage(write(tmp_path / "m.gguf", model(Type[name])))
+    report = open_checkpoint(write(tmp_path / "m.gguf", model(Type[name]))).storage
     assert (report.layer_bpw, report.layer_weights) == (BPW[name], ROWS * COLUMNS)
     assert (report.head_bpw, report.tied_head) == (6.5625, False)
     assert (report.format, report.container) == (f"GGUF {name}", "gguf")
@@ -76,13 +75,13 @@ def test_every_type_of_the_gguf_package_is_known(tmp_path):
     for kind, (block, block_bytes) in gguf.GGML_QUANT_SIZES.items():
         columns = max(block, 64)
         tensors = {"blk.0.ffn_up.weight": (kind, (ROWS, columns))}
-        report = measure_storage(write(tmp_path / f"{kind.name}.gguf", tensors))
+        report = open_checkpoint(write(tmp_path / f"{kind.name}.gguf", tensors)).storage
         assert report.layer_bpw == 8 * block_bytes / block, kind.name
 
 
 def test_tied_head_and_recipe_with_fallback_types(tmp_path):
     tensors = model(Type.Q4_K, head=None) | {"blk.0.attn_v.weight": (Type.Q6_K, (2, COLUMNS))}
-    report = measure_storage(write(tmp_path / "m.gguf", tensors))
+    report = open_checkpoint(write(tmp_path / "m.gguf", tensors)).storage
     assert report.tied_head
     assert (report.head_bpw, report.head_weights) == (8.5, VOCAB * COLUMNS)
     assert report.layer_bpw == (4.5 * ROWS + 6.5625 * 2) / (ROWS + 2)
@@ -93,7 +92,7 @@ def test_tied_head_and_recipe_with_fallback_types(tmp_path):
 
 def test_scales_beside_an_nvfp4_weight_belong_to_it(tmp_path):
     tensors = model(Type.NVFP4) | {"blk.0.ffn_up.scale": (Type.F32, (1, 1))}
-    report = measure_storage(write(tmp_path / "m.gguf", tensors))
+    report = open_checkpoint(write(tmp_path / "m.gguf", tensors)).storage
     assert report.layer_bytes == ROWS * COLUMNS * 36 // 64 + 4
     assert report.layer_weights == ROWS * COLUMNS
 
@@ -103,24 +102,80 @@ def test_split_set_counts_all_parts(tmp_path):
     tensors = {f"blk.{i}.ffn_up.weight": (Type.Q4_0, (ROWS, COLUMNS)) for i in range(4)}
     write(tmp_path / "m.gguf", tensors, split_max_tensors=2)
     first = tmp_path / "m-00001-of-00003.gguf"
-    report = measure_storage(first)
+    report = open_checkpoint(first).storage
     assert report.layer_weights == 4 * ROWS * COLUMNS
     assert report.layer_bpw == 4.5
     assert [f.name for f in open_checkpoint(first).files] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
     assert open_checkpoint(one).files == (one,)
     with pytest.raises(ModelError, match="not the first part") as wrong:
-        measure_storage(tmp_path / "m-00002-of-00003.gguf")
+        open_checkpoint(tmp_path / "m-00002-of-00003.gguf")
     assert "m-00001-of-00003.gguf" in str(wrong.value)
     (tmp_path / "m-00003-of-00003.gguf").unlink()
     with pytest.raises(ModelError, match="m-00003-of-00003.gguf of the same model is not there") as missing:
-        measure_storage(first)
+        open_checkpoint(first)
     assert missing.value.category == "model_corrupt"
+
+
+def split_set(folder: Path, layers: int = 4) -> list[Path]:
+    """A model of one layer a part, as llama.cpp's gguf-split writes it."""
+    tensors = {f"blk.{i}.ffn_up.weight": (Type.Q4_0, (ROWS, COLUMNS)) for i in range(layers)}
+    write(folder / "m.gguf", tensors, split_max_tensors=2)
+    return sorted(folder.glob("m-*.gguf"))
+
+
+def test_whole_files_with_the_names_of_parts_are_no_model(tmp_path):
+    """llama.cpp reads the first one alone; counted as one model they were three times its size."""
+    for number in (1, 2, 3):
+        write(tmp_path / f"m-0000{number}-of-00003.gguf", model(Type.Q4_0))
+    with pytest.raises(ModelError, match="part 1 of 3, and it is a whole model .no split.count") as error:
+        open_checkpoint(tmp_path / "m-00001-of-00003.gguf")
+    assert error.value.category == "model_corrupt"
+    (finding,) = check(tmp_path / "m-00001-of-00003.gguf")
+    assert (finding.name, finding.severity) == ("split-parts", "error")
+
+
+def test_a_whole_file_among_parts_is_refused(tmp_path):
+    first, _, last = split_set(tmp_path)
+    write(last, model(Type.Q4_0))
+    assert "m-00003-of-00003.gguf: its name says part 3 of 3" in refused_in(first, tmp_path)
+
+
+def test_parts_in_the_wrong_place_are_refused(tmp_path):
+    first, second, third = split_set(tmp_path)
+    second.rename(tmp_path / "x")
+    third.rename(second)
+    (tmp_path / "x").rename(third)
+    assert "part 2 of 3; inside are split.no 2 and split.count 3" in refused_in(first, tmp_path)
+
+
+def test_parts_of_two_models_are_refused(tmp_path):
+    ours, theirs = tmp_path / "a", tmp_path / "b"
+    ours.mkdir()
+    theirs.mkdir()
+    first, second, _ = split_set(ours)
+    other = split_set(theirs, layers=5)
+    assert len(other) == 3
+    second.write_bytes(other[1].read_bytes())
+    assert "of another model: split.tensors.count is 6" in refused_in(first, ours)
+
+
+def test_a_part_under_another_name_is_refused(tmp_path):
+    alone = split_set(tmp_path)[0].rename(tmp_path / "alone.gguf")
+    assert "part 1 of 1; inside are split.no 0 and split.count 3" in refused_in(alone, tmp_path)
+
+
+def refused_in(path: Path, folder: Path) -> str:
+    with pytest.raises(ModelError) as error:
+        open_checkpoint(path)
+    assert error.value.category == "model_corrupt"
+    assert str(folder) in str(error.value)
+    return str(error.value)
 
 
 def test_agrees_with_the_gguf_packages_reader(tmp_path):
     path = write(tmp_path / "m.gguf", model(Type.Q4_K))
     reader = gguf.GGUFReader(path)
-    report = measure_storage(path)
+    report = open_checkpoint(path).storage
     assert report.disk_bytes == sum(int(t.n_bytes) for t in reader.tensors)
     assert {t.name: (t.numel, t.bytes) for t in report.tensors} == {
         t.name: (int(t.n_elements), int(t.n_bytes)) for t in reader.tensors
@@ -133,18 +188,15 @@ def test_checkpoint_of_a_gguf_file(tmp_path):
     assert (checkpoint.config, checkpoint.needs_remote_code) == ({}, False)
 
 
-def test_a_large_vocabulary_is_skipped_quickly(tmp_path):
-    path = write(tmp_path / "m.gguf", model(Type.Q4_0), vocab=250_000)
-    measure_storage(path)
-    start = time.perf_counter()
-    checkpoint = open_checkpoint(path)
-    assert time.perf_counter() - start < 1
+def test_a_large_vocabulary_is_counted_and_not_kept(tmp_path):
+    checkpoint = open_checkpoint(write(tmp_path / "m.gguf", model(Type.Q4_0), vocab=250_000))
     assert checkpoint.vocab_size == 250_000
+    assert "tokenizer.ggml.tokens" not in checkpoint.gguf[0].metadata
 
 
 def refused(path: Path) -> str:
     with pytest.raises(ModelError) as error:
-        measure_storage(path)
+        open_checkpoint(path)
     assert error.value.category == "model_corrupt"
     message = str(error.value)
     assert str(path) in message
@@ -171,7 +223,7 @@ def test_any_flipped_byte_is_refused_or_measured(tmp_path):
             damaged[position] ^= flip
             path.write_bytes(damaged)
             try:
-                measure_storage(path)
+                open_checkpoint(path)
             except ModelError as error:
                 assert error.category == "model_corrupt"
 
@@ -221,7 +273,7 @@ def test_real_model_agrees_with_the_gguf_packages_reader():
     path = Path(os.environ.get("EVALQ_TEST_GGUF", default))
     tensors = gguf.GGUFReader(path).tensors
     layers = [t for t in tensors if len(t.shape) > 1 and "embd" not in t.name]
-    report = measure_storage(path)
+    report = open_checkpoint(path).storage
     assert report.layer_bytes == sum(int(t.n_bytes) for t in layers) == 66_355_200
     assert report.layer_weights == sum(int(t.n_elements) for t in layers)
     assert report.disk_bytes == sum(int(t.n_bytes) for t in tensors)

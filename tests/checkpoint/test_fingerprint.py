@@ -138,14 +138,12 @@ def test_writers_at_once_keep_each_others_entries(tmp_path):
 
 
 def test_large_files_are_sampled(tmp_path):
-    """A sparse file above 1 GiB: the header, the end and every sampled block count, and it is quick."""
+    """A sparse file above 1 GiB: the header, the end and every sampled block count."""
     file = tmp_path / "large.safetensors"
     size = WHOLE_BYTES_MAX + 64 * 2**20 + 5
     with file.open("wb") as stream:
         stream.truncate(size)
-    start = time.perf_counter()
     before = fingerprint([file], None)
-    assert time.perf_counter() - start < 2
     digests = {before.digest}
     last = size - 64 * 2**10
     sampled = 16 * 2**20 + (last - 16 * 2**20) * 100 // 256

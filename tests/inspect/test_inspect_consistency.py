@@ -25,7 +25,7 @@ from sparse_checkpoints import (
     write_shards,
 )
 
-from evalq.checkpoint.files import open_checkpoint
+from evalq.checkpoint.headers import open_checkpoint
 from evalq.errors import ModelError
 from evalq.inspect import check
 
