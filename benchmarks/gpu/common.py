@@ -102,6 +102,8 @@ def start_compare(
     spec_file.write_text(json.dumps(specs))
     command = [sys.executable, "-m", "evalq", "compare", "-d", str(data), "-m", str(spec_file)]
     command += ["--json", str(out), "--store", str(store), "--offline", "--try-anyway", "-q"]
+    if (work / "evalq.toml").is_file():
+        command += ["--config", str(work / "evalq.toml")]
     return out, subprocess.Popen(command, cwd=work)
 
 

@@ -4,6 +4,8 @@ import argparse
 import contextlib
 from typing import TYPE_CHECKING
 
+from evalq.cli.config import add_config
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -20,6 +22,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument("-v", "--verbose", action="store_true", help="their options too")
+    add_config(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -47,13 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _engine_state(name: str) -> str:
     from rich.markup import escape
 
-    from evalq.errors import ModelError
+    from evalq.errors import EvalqError
     from evalq.interpreters import versions
     from evalq.registry import backend
+    from evalq.spec.config import engine_python
 
     try:
-        found, install = versions(name, configured_python(name)), backend(name).INSTALL
-    except ModelError as error:
+        found, install = versions(name, engine_python(name)), backend(name).INSTALL
+    except EvalqError as error:
         return f"[red]{escape(str(error))}[/]"
     if not found:
         return f"[yellow]not installed:[/] {escape(install)}"
@@ -73,11 +77,3 @@ def _options_table(name: str) -> "Table":
     for key, option in backend(name).OPTIONS.items():
         options.add_row(key, escape(" | ".join(kind.__name__ for kind in option.kind)), escape(option.help))
     return options
-
-
-def configured_python(name: str) -> str | None:
-    """The interpreter that evalq.toml names for an engine, None for this one."""
-    from evalq.spec import ModelSpec
-    from evalq.spec.config import python_for
-
-    return python_for(ModelSpec(load_fn=name, model_dir="."), name)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evalq.cli.config import add_config
 from evalq.cli.numbers import count, positive
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--try-anyway", action="store_true", help="start engines that are predicted to run out of memory too"
     )
+    add_config(how)
     how.add_argument("--offline", action="store_true", help="never use the network")
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 
+from evalq.cli.config import add_config
+
 DESCRIPTION = "GPU, driver, CPU, RAM and versions, as kept in every record."
 
 EXAMPLES = """\
@@ -13,26 +15,29 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument("--json", action="store_true", help="as JSON")
+    add_config(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The machine and its software."""
-    import contextlib
     import json
+    import sys
 
     from rich.table import Table
 
-    from evalq.cli.backends import configured_python
-    from evalq.errors import ModelError
+    from evalq.errors import EvalqError
     from evalq.interpreters import versions
     from evalq.machine import environment
     from evalq.registry import backend_names
     from evalq.show.console import output
+    from evalq.spec.config import engine_python
 
     engines = {}
     for name in sorted(backend_names()):
-        with contextlib.suppress(ModelError):
-            engines[name] = versions(name, configured_python(name))
+        try:
+            engines[name] = versions(name, engine_python(name))
+        except EvalqError as error:
+            print(f"evalq: {name}: {error}", file=sys.stderr)
     found = environment() | {"engines": engines}
     if arguments.json:
         print(json.dumps(found, indent=2))

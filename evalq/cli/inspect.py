@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evalq.cli.config import add_config
+
 if TYPE_CHECKING:
     from evalq.inspect import Inspection
 
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw where the bytes are: png, svg or pdf (default: in plots/out/); after MODEL",
     )  # fmt: skip
     parser.add_argument("--dark", action="store_true", help="the picture light on dark")
+    add_config(parser)
     parser.add_argument("--offline", action="store_true", help="never use the network")
 
 

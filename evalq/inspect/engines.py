@@ -23,8 +23,7 @@ from evalq.inspect.facts import Facts
 from evalq.inspect.machine import Machine
 from evalq.interpreters import versions
 from evalq.registry import backend, backend_names
-from evalq.spec import ModelSpec
-from evalq.spec.config import python_for
+from evalq.spec.config import engine_python
 
 PLAIN, GGUF, GPT_OSS = "plain", "GGUF", "gpt-oss MXFP4"
 FP8_WEIGHTS, INT8_WEIGHTS = "weight-only FP8", "weight-only INT8"
@@ -165,7 +164,7 @@ def _verdict(engine: str, form: str, checkpoint: Checkpoint, facts: Facts, machi
     known = ENGINES[engine]
     rule = known.formats.get(form)
     try:
-        python = python_for(ModelSpec(load_fn=engine, model_dir="."), engine)
+        python = engine_python(engine)
         found, install = versions(engine, python), backend(engine).INSTALL
     except EvalqError as error:
         return Verdict(engine, False, (str(error),), None, None)

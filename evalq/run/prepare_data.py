@@ -23,7 +23,7 @@ from evalq.results.store import Store, key_of
 from evalq.run.prepare_model import Prepared, tokenizer_files
 from evalq.run.process import RunSettings, WorkerSettings, run_worker
 from evalq.spec import DataSpec, ModelSpec
-from evalq.spec.config import python_for
+from evalq.spec.config import engine_python
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,7 @@ def choose_tokenizer(
         else:
             path, trust = _files_of_failed(specs, models, offline)
     backend = tokenizer_backend(spec.tokenize_fn, path)
-    return TokenizerChoice(
-        backend, path, trust, python_for(ModelSpec(load_fn=backend, model_dir="."), backend)
-    )
+    return TokenizerChoice(backend, path, trust, engine_python(backend))
 
 
 def _files_of_failed(

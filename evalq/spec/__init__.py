@@ -11,11 +11,11 @@ from evalq.spec.files import (
     load_data_spec,
     load_model_specs,
     nearest,
-    read_json,
-    require_unique_labels,
     shipped_specs,
 )
+from evalq.spec.labels import require_unique_labels, tell_apart
 from evalq.spec.model import LoraSpec, ModelSpec
+from evalq.spec.strict_json import read_json
 
 __all__ = [
     "DataSpec",
@@ -30,4 +30,5 @@ __all__ = [
     "require_unique_labels",
     "resolve_path",
     "shipped_specs",
+    "tell_apart",
 ]

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from evalq.spec.base import Spec, resolve_path
+from evalq.spec.base import MOST, Name, PathText, Spec, resolve_path
 
 
 class DataSpec(Spec):
@@ -14,21 +14,39 @@ class DataSpec(Spec):
     dataset: Literal["wiki2", "wikitext2", "sample", "text"] = Field(
         description='"wiki2": WikiText-2 raw test; "sample": ships with evalq; "text": any UTF-8 file at path'
     )
-    path: str | None = Field(
+    path: PathText | None = Field(
         default=None, description="a local file: the text, or the original wiki.test.raw"
     )
-    tokenize_fn: str = Field(default="auto", description='"auto", "transformers" or "gguf"')
-    tokenizer_dir: str | None = Field(default=None, description="default: the first model's")
-    protocol: str = Field(default="exllamav3", description="how windows are cut and which tokens count")
-    eval_len: int | None = Field(default=None, ge=2, description="tokens per window; default: the protocol's")
-    eval_stride: int | None = Field(default=None, ge=1, description="tokens between window starts")
-    max_rows: int | None = Field(default=None, ge=0, description="at most so many windows; 0 or null: all")
-    max_tokens: int | None = Field(default=None, ge=2, description="only the first tokens of the stream")
-    bos: Literal["default", "never", "every_window"] = "default"
-    warmup_tokens: int = Field(default=0, ge=0, description="first tokens of each window that are not scored")
+    tokenize_fn: Name = Field(default="auto", description='"auto", "transformers" or "gguf"')
+    tokenizer_dir: PathText | None = Field(default=None, description="default: the first model's")
+    protocol: Name = Field(default="exllamav3", description="how windows are cut and which tokens count")
+    eval_len: int | None = Field(
+        default=None, ge=2, le=MOST, description="tokens per window; default: the protocol's"
+    )
+    eval_stride: int | None = Field(default=None, ge=1, le=MOST, description="tokens between window starts")
+    max_rows: int | None = Field(
+        default=None, ge=-1, le=MOST, description="at most so many windows; null, 0 or -1: all"
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=2, le=MOST, description="only the first tokens of the stream"
+    )
+    bos: Literal["default", "never", "every_window"] = Field(
+        default="default", description="where the token for the beginning of a text stands"
+    )
+    warmup_tokens: int = Field(
+        default=0, ge=0, le=MOST, description="first tokens of each window that are not scored"
+    )
     chat_template: bool = Field(default=False, description="put an empty chat in front of every window")
+    dataset_display_name: str | None = Field(default=None, description="compare_q's, for its chart; not used")
+    display_rows: int | None = Field(default=None, description="compare_q's, for its chart; not used")
+    display_eval_len: int | None = Field(default=None, description="compare_q's, for its chart; not used")
 
     _base: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @field_validator("max_rows")
+    @classmethod
+    def _all_rows(cls, rows: int | None) -> int | None:
+        return None if rows == -1 else rows
 
     @model_validator(mode="after")
     def _path_of_text(self) -> Self:

@@ -7,16 +7,18 @@ Spec files are JSON. A data spec is one object; a model spec file holds a list o
 import difflib
 import glob
 import json
+import os
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
 from evalq.errors import SpecError
-from evalq.spec.base import Spec
+from evalq.spec.base import Spec, shown
 from evalq.spec.data import DataSpec
-from evalq.spec.model import ModelSpec
+from evalq.spec.model import ModelSpec, split_engine_arguments
+from evalq.spec.strict_json import read_json
 
 _S = TypeVar("_S", bound=Spec)
 
@@ -33,41 +35,36 @@ def find_spec(name: str) -> Path:
         SpecError: neither exists; lists the shipped names.
     """
     for candidate in (name, f"{name}.json"):
-        if Path(candidate).is_file():
+        if is_file(Path(candidate)):
             return Path(candidate)
-        if Path(candidate).name == candidate and (shipped_specs() / candidate).is_file():
+        if Path(candidate).name == candidate and is_file(shipped_specs() / candidate):
             return shipped_specs() / candidate
     known = ", ".join(sorted(path.name for path in shipped_specs().glob("*.json")))
-    raise SpecError(f"{name}: no such file", f"shipped specs: {known}")
+    raise SpecError(f"{shown(name)}: no such file", f"shipped specs: {known}")
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there; no for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def find_specs(names: list[str]) -> list[Path]:
     """Like find_spec() for several names with wildcards; sorted within a wildcard, duplicates dropped."""
     found: list[Path] = []
     for name in names:
-        if any(sign in name for sign in "*?[") and not Path(name).exists():
+        if any(sign in name for sign in "*?[") and not os.path.exists(name):
             matches = sorted(glob.glob(name, recursive=True))
             if not matches and Path(name).name == name:
                 matches = sorted(str(path) for path in shipped_specs().glob(name))
             if not matches:
-                raise SpecError(f"{name}: no file matches")
+                raise SpecError(f"{shown(name)}: no file matches")
             found += [Path(match) for match in matches]
         else:
             found.append(find_spec(name))
     return list(dict.fromkeys(found))
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file. Raises SpecError with line and column."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        where = f"{path}: line {error.lineno} column {error.colno}"
-        raise SpecError(f"{where}: not valid JSON: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise SpecError(f"{path}: not UTF-8 text") from None
-    except OSError as error:
-        raise SpecError(f"{path}: {error.strerror}") from None
 
 
 def load_data_spec(path: Path) -> DataSpec:
@@ -75,7 +72,7 @@ def load_data_spec(path: Path) -> DataSpec:
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise SpecError(f"{path}: a data spec is one JSON object")
-    spec = _validated(DataSpec, raw, str(path))
+    spec = validated(DataSpec, raw, str(path))
     spec._base = path.resolve().parent
     return spec
 
@@ -91,22 +88,11 @@ def load_model_specs(path: Path) -> list[ModelSpec]:
         where = f"{path}: models[{index}]"
         if not isinstance(model, dict):
             raise SpecError(f"{where}: a model is a JSON object")
-        spec = _validated(ModelSpec, model, where)
-        spec._base, spec._where = path.resolve().parent, where
+        model, arguments = split_engine_arguments(model)
+        spec = validated(ModelSpec, model, where)
+        spec._base, spec._where, spec._engine_arguments = path.resolve().parent, where, arguments
         specs.append(spec)
     return specs
-
-
-def require_unique_labels(specs: list[ModelSpec]) -> None:
-    """Raise SpecError for two models with one label: a table or chart could not tell them apart."""
-    seen: dict[str, ModelSpec] = {}
-    for spec in specs:
-        other = seen.setdefault(spec.plain_label, spec)
-        if other is not spec:
-            raise SpecError(
-                f'{spec.where}.label: "{spec.plain_label}" is also the label of {other.where}',
-                "give each model a label of its own",
-            )
 
 
 def nearest(name: str, choices: list[str]) -> str:
@@ -115,23 +101,41 @@ def nearest(name: str, choices: list[str]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"valid: {', '.join(sorted(choices))}"
 
 
-def _validated(kind: type[_S], raw: dict[str, Any], where: str) -> _S:
+def validated(kind: type[_S], raw: dict[str, Any], where: str) -> _S:
+    """An object of a file. Raises SpecError about the first thing that is wrong, with its place."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        problems = error.errors(include_url=False)
+        # A misspelt key explains a missing one.
+        first = next((found for found in problems if found["type"] == "extra_forbidden"), problems[0])
         place = "".join(
-            f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"] if p not in ("str", "list[str]")
+            f"[{part}]" if isinstance(part, int) else f".{shown(part, 40)}"
+            for part in first["loc"]
+            if part not in ("str", "list[str]", "[key]")
         )
+        place = place.removeprefix(".") if where.endswith(": ") else place
         if first["type"] == "extra_forbidden":
-            name = str(first["loc"][-1])
-            fields = list(kind.model_fields)
-            raise SpecError(f"{where}{place}: unknown key", nearest(name, fields)) from None
+            hint = nearest(str(first["loc"][-1]), _keys_at(kind, first["loc"][:-1]))
+            raise SpecError(f"{where}{place}: unknown key", hint) from None
         message = first["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
-        given = (
-            ""
-            if first["type"] in ("missing", "value_error")
-            else f", not {json.dumps(first['input'], default=str)[:80]}"
-        )
+        given = ""
+        if first["type"] not in ("missing", "value_error"):
+            given = f", not {shown(json.dumps(first['input'], default=str))}"
         raise SpecError(f"{where}{place}: {message}{given}") from None
+
+
+def _keys_at(kind: type[Spec], place: tuple[int | str, ...]) -> list[str]:
+    """The keys of the object at a place within a spec."""
+    for part in place:
+        if part in kind.model_fields:
+            kind = _spec_within(kind.model_fields[str(part)].annotation) or kind
+    return list(kind.model_fields)
+
+
+def _spec_within(annotation: Any) -> type[Spec] | None:
+    """The kind of object in `LoraSpec | None` or `dict[str, EngineConfig]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return annotation
+    return next(filter(None, map(_spec_within, get_args(annotation))), None)

@@ -1,22 +1,71 @@
 """What to score: a model, where it lies, and the engine that runs it."""
 
+import json
 import re
+from collections.abc import Container
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, WithJsonSchema, field_validator
 
-from evalq.spec.base import Spec, resolve_path
+from evalq.spec.base import Name, PathText, Spec, resolve_path, shown, usable
 
 _COLOR = re.compile(r"\s*\[([^\[\]]+)\]\s*$")
+_LABEL_MAX = 500
+_MODEL_DIR_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "prefixItems": [{"type": "string"}, {"type": ["string", "object"]}],
+            "items": False,
+            "minItems": 2,
+        },
+    ]
+}
+
+
+@dataclass(frozen=True)
+class ChosenOptions:
+    """A spec's options for one engine.
+
+    Args:
+        options: the spec's own, with those arguments of its model_dir that the engine has too.
+        where: option -> the place in the spec file that it stands at.
+        notes: on what has no meaning for the engine.
+    """
+
+    options: dict[str, Any]
+    where: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def split_engine_arguments(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model spec as JSON without the arguments that stand in its model_dir, and those arguments.
+
+    `"model_dir": [path, {"tensor_parallel_size": 2, ...}]` is how a vLLM form of compare_q hands arguments to
+    vLLM's LLM class. Those that a model spec has keys for go there.
+    """
+    given = raw.get("model_dir")
+    if not (isinstance(given, list) and len(given) == 2 and isinstance(given[1], dict)):
+        return raw, {}
+    keys = {k: given[1][k] for k in ("trust_remote_code", "revision") if given[1].get(k) is not None}
+    others = {k: v for k, v in given[1].items() if v is not None and k not in keys}
+    return keys | raw | {"model_dir": given[0]}, others
 
 
 class LoraSpec(Spec):
     """An adapter on top of a model."""
 
-    path: str = Field(description="PEFT directory (or owner/name on the hub); for GGUF models a GGUF adapter")
+    path: PathText = Field(
+        description="PEFT directory (or owner/name on the hub); for GGUF models a GGUF adapter"
+    )
     name: str | None = Field(
-        default=None, min_length=1, description="in labels and records; default: the path's"
+        default=None,
+        min_length=1,
+        max_length=_LABEL_MAX,
+        description="in labels and records; default: the path's",
     )
 
     @property
@@ -28,35 +77,52 @@ class LoraSpec(Spec):
 class ModelSpec(Spec):
     """One model on one engine."""
 
-    load_fn: str = Field(description="the backend that loads it: `evalq backends` lists them")
-    fwd_fn: str | None = Field(default=None, description="the backend that scores it; default: the same")
-    label: str | None = Field(default=None, description='"EXL3 4.0 [purple]": group, name, [colour]')
-    model_dir: str | list[str] = Field(
+    load_fn: Name = Field(description="the backend that loads it: `evalq backends` lists them")
+    fwd_fn: Name | None = Field(default=None, description="the backend that scores it; default: the same")
+    label: str | None = Field(
+        default=None, max_length=_LABEL_MAX, description='"EXL3 4.0 [purple]": group, name, [colour]'
+    )
+    model_dir: Annotated[str | list[str], WithJsonSchema(_MODEL_DIR_SCHEMA)] = Field(
         description="directory or GGUF file (relative to the spec file), or owner/name on the hub; "
-        "a list of two puts the second one's tensors over the first one's (EXL3)"
+        "a list of two puts the second one's tensors over the first one's (EXL3), "
+        "or holds arguments for the engine (vLLM)",
     )
-    revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
+    revision: str | None = Field(
+        default=None, min_length=1, max_length=255, description="branch, tag or commit on the hub"
+    )
     lora: LoraSpec | None = Field(default=None, description='adapter on top: {"path": ..., "name": ...}')
-    options: dict[str, Any] = Field(default_factory=dict, description="for the engine: `evalq backends -v`")
-    python: str | None = Field(default=None, description="interpreter of the engine's environment")
-    trust_remote_code: bool = False
-    out_logits: str | None = Field(
-        default=None, description="compare_q's key; marks the unquantized reference, which is scored first"
+    options: dict[Name, Any] = Field(default_factory=dict, description="for the engine: `evalq backends -v`")
+    python: PathText | None = Field(
+        default=None, description="interpreter of the engine's environment: a program that evalq will run"
     )
-    override_bpw_layer: float | None = Field(default=None, gt=0)
-    override_bpw_head: float | None = Field(default=None, gt=0)
-    override_vram_bits: float | None = Field(default=None, gt=0)
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+    reference: bool = Field(default=False, description="the model that the others are compared with")
+    out_logits: str | None = Field(
+        default=None, description="compare_q's key: marks the reference, as `reference` does"
+    )
+    override_bpw_layer: float | None = Field(default=None, gt=0, description="bits per weight of the layers")
+    override_bpw_head: float | None = Field(default=None, gt=0, description="bits per weight of the head")
+    override_vram_bits: float | None = Field(default=None, gt=0, description="bits of layers and head")
 
     _base: Path = PrivateAttr(default_factory=Path.cwd)
     _where: str = PrivateAttr(default="")
+    _engine_arguments: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _notes: tuple[str, ...] = PrivateAttr(default=())
 
-    @model_validator(mode="after")
-    def _model_dir_shape(self) -> Self:
-        if isinstance(self.model_dir, list) and len(self.model_dir) != 2:
-            raise ValueError("model_dir as a list holds two paths: the model and the overlay")
-        if not self.main_dir.strip():
-            raise ValueError("model_dir is empty")
-        return self
+    @field_validator("model_dir", mode="before")
+    @classmethod
+    def _paths(cls, given: Any) -> Any:
+        paths = given if isinstance(given, list) else [given]
+        if isinstance(given, list) and len(given) != 2:
+            raise ValueError(
+                "model_dir as a list holds two paths, the model and the overlay, or the model and arguments"
+            )
+        for path in paths:
+            if not isinstance(path, str):
+                wrong = shown(json.dumps(path, default=str))
+                raise ValueError(f"input should be a valid string (a path or a hub name), not {wrong}")
+            usable(path)
+        return given
 
     @property
     def main_dir(self) -> str:
@@ -90,6 +156,23 @@ class ModelSpec(Spec):
     def where(self) -> str:
         """File and place of this spec, for error messages."""
         return self._where
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the result should know about how the spec was read."""
+        return self._notes
+
+    def options_for(self, known: Container[str]) -> ChosenOptions:
+        """The options for an engine, `known` being the names of those it has.
+
+        An unknown name among the spec's own options stays: it is a mistake, which the caller refuses.
+        """
+        there = {k: v for k, v in self._engine_arguments.items() if k in known and k not in self.options}
+        foreign = [shown(name, 40) for name in self._engine_arguments if name not in known]
+        where = {name: f"{self.where}.model_dir[1].{name}" for name in there}
+        where |= {name: f"{self.where}.options.{shown(name, 40)}" for name in self.options}
+        note = f"arguments in model_dir without a meaning for {self.load_fn}: {', '.join(foreign[:20])}"
+        return ChosenOptions(there | self.options, where, (note,) if foreign else ())
 
     def local(self, name: str) -> Path:
         """A path of this spec, relative to the file it was read from."""

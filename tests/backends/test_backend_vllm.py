@@ -399,7 +399,9 @@ class VllmRuns:
 
     def __init__(self, runs: Runs, smollm2: Any) -> None:
         self.runs, self.smollm2 = runs, smollm2
-        runs.write("evalq.toml", f'[engines.vllm]\npython = "{PYTHON}"\n')
+        own = runs.folder / "config" / "evalq"  # $XDG_CONFIG_HOME/evalq
+        own.mkdir(parents=True, exist_ok=True)
+        (own / "evalq.toml").write_text(f'[engines.vllm]\npython = "{PYTHON}"\n')
         self.data = runs.data(tokenize_fn=None, eval_stride=256, max_rows=8)
 
     def model(self, load_fn: str, name: str, **options: Any) -> dict[str, Any]:
