@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     data = _data_spec(arguments)
     specs = _model_specs(arguments)
+    draw = _drawing(arguments)
     _check_outputs(arguments)
     if arguments.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -114,11 +115,10 @@ def run(arguments: argparse.Namespace) -> int:
     settings = RunSettings(arguments.offline, arguments.timeout, arguments.clear_cache, arguments.try_anyway)
     with ConsoleReporter(errors, len(specs), arguments.quiet) as reporter:
         records = compare(data, specs, store, settings, reporter)
-    _write(arguments, records, errors)
-    if arguments.memory:
-        _print_memory(records, errors)
-    if arguments.plot or arguments.plot_file or arguments.show:
-        _plot(arguments, records, errors)
+    _print(arguments, records, errors)
+    _write(arguments, records)
+    if draw is not None:
+        draw(records, errors)
     return 0 if all(record.status == "ok" for record in records) else 1
 
 
@@ -152,68 +152,101 @@ def _model_specs(arguments: argparse.Namespace) -> "list[ModelSpec]":
     return kept
 
 
-def _check_outputs(arguments: argparse.Namespace) -> None:
-    """A wrong output must not be found after a night of scoring."""
-    from evalq.errors import SpecError
-
-    if arguments.plot_file is not None and arguments.plot_file.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise SpecError(
-            f"-o {arguments.plot_file}: unknown kind of picture", "name a .png, .svg or .pdf file"
-        )
-    for flag, name in (
+def _files(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """The flags that name an output, each with its file."""
+    named = (
         ("--json", arguments.json),
         ("--csv", arguments.csv),
         ("--markdown", arguments.markdown),
-    ):
-        if name in (None, "-"):
+        ("-o", None if arguments.plot_file is None else str(arguments.plot_file)),
+    )
+    return [(flag, name) for flag, name in named if name is not None]
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """A wrong output must not be found after a night of scoring. Raises SpecError."""
+    import os
+
+    from evalq.errors import SpecError
+
+    for flag, name in _files(arguments):
+        path = Path(name).absolute()
+        if name == "-":
             continue
         try:
-            Path(name).absolute().parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise SpecError(
+                    f"{flag} {name}: this is a folder", f"name a file in it: {flag} {path / 'FILE'}"
+                )
+            able = os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK)
         except OSError as error:
             raise SpecError(f"{flag} {name}: cannot make its folder: {error.strerror}") from None
-    if sum(name == "-" for name in (arguments.json, arguments.csv, arguments.markdown)) > 1:
+        if not able:
+            raise SpecError(f"{flag} {name}: its folder cannot be written", "name a file somewhere else")
+    if sum(name == "-" for _, name in _files(arguments)) > 1:
         raise SpecError("only one of --json, --csv and --markdown can go to standard output")
 
 
-def _write(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", errors: "Console") -> None:
-    from evalq.files import write_atomic
+def _print(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", errors: "Console") -> None:
+    """The table, where standard output is not taken; with --quiet only what failed."""
     from evalq.show import table
-    from evalq.show.console import output
+    from evalq.show.console import output, say
 
-    to_stdout = False
-    for name, render in (
-        (arguments.json, table.as_json),
-        (arguments.csv, table.as_csv),
-        (arguments.markdown, table.markdown),
-    ):
-        if name == "-":
-            to_stdout = True
-            sys.stdout.write(render(records))
-        elif name is not None:
-            write_atomic(Path(name), render(records).encode())
+    taken = any(name == "-" for _, name in _files(arguments))
     if not arguments.quiet:
-        table.print_table(records, errors if to_stdout else output())
+        table.print_table(records, errors if taken else output())
     else:
         for record in records:
             if record.error:
-                message = f"evalq: {record.label}: {record.error.message} ({record.error.remedy})"
-                print(message, file=sys.stderr)
+                say(errors, f"evalq: {record.label}: {record.error.message} ({record.error.remedy})")
+    if arguments.memory:
+        from evalq.vllm_memory.output import print_runs
+        from evalq.vllm_memory.reader import runs_from_records
+
+        print_runs(runs_from_records(records), errors)
 
 
-def _print_memory(records: "Sequence[ResultRecord]", errors: "Console") -> None:
-    from evalq.vllm_memory.output import print_runs
-    from evalq.vllm_memory.reader import runs_from_records
+def _write(arguments: argparse.Namespace, records: "Sequence[ResultRecord]") -> None:
+    """The records to the files that were asked for. Raises StoreError."""
+    from evalq.errors import StoreError
+    from evalq.files import write_atomic
+    from evalq.show import table
 
-    print_runs(runs_from_records(records), errors)
+    renderers = {"--json": table.as_json, "--csv": table.as_csv, "--markdown": table.markdown}
+    for flag, name in _files(arguments):
+        if flag not in renderers:
+            continue
+        text, path = renderers[flag](records), Path(name)
+        if name == "-":
+            sys.stdout.write(text)
+            continue
+        try:
+            if path.exists() and not path.is_file():  # a device or a named pipe
+                path.write_text(text, encoding="utf-8")
+            else:
+                write_atomic(path.resolve(), text.encode())
+        except (OSError, StoreError) as error:
+            raise StoreError(
+                f"{flag} {name} cannot be written: {error}",
+                "the same command with another file shows it at once",
+            ) from None
 
 
-def _plot(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", errors: "Console") -> None:
+def _drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord], Console], None] | None":
+    """Draws the chart that was asked for, None when none was. Raises SpecError when it could not."""
+    if not (arguments.plot or arguments.plot_file or arguments.show):
+        return None
     from evalq.errors import SpecError
+    from evalq.show.console import say
 
     try:
         from evalq.plots import scatter
     except ImportError as error:
-        raise SpecError(f"cannot draw: {error}", 'pip install "evalq[plot]"') from None
+        raise SpecError(f"cannot draw: {error}", 'pip install "evalq[plot]", or leave -p out') from None
+    path = arguments.plot_file or _default_plot_file(arguments)
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise SpecError(f"-o {path}: unknown kind of picture", "name a .png, .svg or .pdf file")
     options = scatter.ChartOptions(
         title=arguments.title,
         x="vram" if arguments.vram else "bpw",
@@ -221,15 +254,18 @@ def _plot(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", erro
         max_y=arguments.max_y,
         dark=arguments.dark,
     )
-    if not any(record.status == "ok" for record in records):
-        errors.print("no chart: no model was scored", markup=False)
-        return
-    figure = scatter.draw(records, options)
-    path = arguments.plot_file or _default_plot_file(arguments)
-    scatter.save(figure, path)
-    errors.print(f"chart: {path}", markup=False, highlight=False, soft_wrap=True)
-    if arguments.show:
-        scatter.show(figure)
+
+    def draw(records: "Sequence[ResultRecord]", errors: "Console") -> None:
+        if not any(record.status == "ok" for record in records):
+            say(errors, "no chart: no model was scored")
+            return
+        figure = scatter.draw(records, options)
+        scatter.save(figure, path)
+        say(errors, f"chart: {path}")
+        if arguments.show:
+            scatter.show(figure)
+
+    return draw
 
 
 def _default_plot_file(arguments: argparse.Namespace) -> Path:

@@ -5,6 +5,7 @@ A command is a module with DESCRIPTION, EXAMPLES, add_arguments(parser) and run(
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -29,9 +30,18 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Shows what a shell's wildcard put on the command line without obeying it."""
+
+    def error(self, message: str) -> NoReturn:
+        from evalq.show.plain import plain
+
+        super().error(plain(message))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The `evalq` command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="evalq",
         description="Which quantized version of a model keeps the most quality per bit and per GiB?",
         formatter_class=RawDescriptionRichHelpFormatter,
@@ -52,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare_main(argv: Sequence[str] | None = None) -> int:
     """`compare.py`: the same as `evalq compare`."""
     command = importlib.import_module(COMMANDS["compare"][1])
-    parser = argparse.ArgumentParser(prog="compare.py")
+    parser = _Parser(prog="compare.py")
     _declare(parser, command)
     return _run(parser.parse_args(argv))
 
@@ -66,11 +76,15 @@ def _declare(parser: argparse.ArgumentParser, command: ModuleType) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from evalq.errors import EvalqError
+    from evalq.show.plain import plain
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows "→" as its escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         return int(arguments.run(arguments))
     except EvalqError as error:
-        print(f"evalq: {error}", file=sys.stderr)
+        print(f"evalq: {plain(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

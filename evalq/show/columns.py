@@ -45,6 +45,8 @@ class Column(Generic[Row]):
         right: numbers stand on the right.
         folds: long sentences go on in the next line of the cell, where room is short.
         style: rich's style of a row's cell.
+        long_header: its name in Markdown, where room is not short; "" for the same.
+        help: what its numbers mean, for a line under the table; "" where the header says it.
     """
 
     header: str
@@ -53,12 +55,18 @@ class Column(Generic[Row]):
     right: bool = False
     folds: bool = False
     style: Callable[[Row], str] = lambda row: ""
+    long_header: str = ""
+    help: str = ""
 
 
 def print_columns(
     rows: Sequence[Row], columns: Sequence[Column[Row]], console: Console, header: bool = True
-) -> None:
-    """Print the table, in the terminal's width or, elsewhere, in its own, then what was left out."""
+) -> list[Column[Row]]:
+    """Print the table, in the terminal's width or, elsewhere, in its own, then what was left out.
+
+    Returns:
+        The columns that were shown.
+    """
     width = console.width if console.is_terminal else UNLIMITED
     kept, stacked = _layout(rows, columns, console, width)
     if stacked:
@@ -72,12 +80,13 @@ def print_columns(
         names = ", ".join(" ".join(plain_lines(column.header)) for column in left_out)
         line = f"no room for: {names} (a wider terminal shows all columns, and so does | cat)"
         console.print(Text(line, "dim"), soft_wrap=True)
+    return kept
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column[Row]]) -> str:
     """Every column as a Markdown table, which ends in a newline."""
     lines = [
-        [markdown_cell(column.header.replace("\n", " ")) for column in columns],
+        [markdown_cell(column.long_header or column.header.replace("\n", " ")) for column in columns],
         ["---:" if column.right else "---" for column in columns],
         *([markdown_cell(column.text(row)) for column in columns] for row in rows),
     ]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import track as rich_track
 
+from evalq.show.plain import plain
+
 if TYPE_CHECKING:
     from evalq.checkpoint.safetensors import Logical
     from evalq.convert.dense import Written
@@ -25,4 +27,5 @@ def track(weights: Iterable["Logical"]) -> Iterable["Logical"]:
 def report(target: Path, written: "Written") -> None:
     """The last line."""
     dense = f"{written.dequantized} of them dequantized" if written.dequantized else "none was quantized"
-    print(f"{target}: {written.weights} weights, {dense}, {written.bytes / 2**30:.2f} GiB", file=sys.stderr)
+    line = f"{target}: {written.weights} weights, {dense}, {written.bytes / 2**30:.2f} GiB"
+    print(plain(line), file=sys.stderr)

@@ -9,6 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from evalq.results.record import ResultRecord
 from evalq.run.process import Event
+from evalq.show.console import say
+from evalq.show.numbers import number
+from evalq.show.plain import plain
 
 PLAIN_EVERY_SECONDS = 15.0
 
@@ -67,14 +70,14 @@ class ConsoleReporter:
                 self._plain(f"loaded in {event['seconds']:.1f} s on {event['device']}", at_once=True)
         elif kind == "progress":
             rate = event["scored"] / event["seconds"] if event["seconds"] else 0.0
-            shown = f"{rate:,.0f} tok/s" if rate else ""
+            shown = f"{number(rate, 0)} tok/s" if rate else ""
             self._live.update(self._task, completed=event["windows"], rate=shown)
             if not event["scored"]:
                 self._resumed_at = event["windows"]
             scored = event["windows"] - self._resumed_at
             left = (event["of"] - event["windows"]) * event["seconds"] / max(1, scored)
             self._plain(
-                f"{event['windows']}/{event['of']} windows  {shown}  {left:.0f} s left", at_once=False
+                f"{event['windows']}/{event['of']} windows  {shown}  {number(left, 0)} s left", at_once=False
             )
 
     def record(self, record: ResultRecord, cached: bool) -> None:
@@ -84,12 +87,15 @@ class ConsoleReporter:
             self._task = None
         if record.error:
             self._say(self._name(f"failed: {record.error.message}"))
-        else:
-            how = "  (stored)" if cached else f"  {record.tokens_per_second or 0:,.0f} tok/s"
-            self._say(self._name(f"PPL {record.headline_ppl:.4f}{how}"))
+            return
+        found = f"PPL {number(record.headline_ppl, 4)}"
+        if record.headline_ppl is None:
+            found = f"scored, without a perplexity per {record.unit}"
+        speed = "" if record.tokens_per_second is None else f"  {number(record.tokens_per_second, 0)} tok/s"
+        self._say(self._name(f"{found}{'  (stored)' if cached else speed}"))
 
     def _name(self, what: str) -> str:
-        return f"[{self._number}/{self._models}] {self._label}: {what}"
+        return plain(f"[{self._number}/{self._models}] {self._label}: {what}")
 
     def _plain(self, text: str, at_once: bool) -> None:
         if self._console.is_terminal or not (
@@ -101,4 +107,4 @@ class ConsoleReporter:
 
     def _say(self, text: str) -> None:
         if not self._quiet:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            say(self._console, text)

@@ -2,53 +2,100 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from evalq.results.record import ResultRecord, require_comparable
+from evalq.show.columns import MAJOR, MINOR, Column, markdown_table, print_columns
+from evalq.show.console import say
+from evalq.show.numbers import NOTHING, change_percent, number
+from evalq.show.plain import csv_cell, json_text, markdown_cell
 
 # compare_q's own keys first, so that its readers find them where they were.
 CSV_FIELDS = (
     "label layer_bpw head_bpw vram_gb ppl ppl_stderr status tokens_scored tokens_per_second load_seconds "
     "disk_gib format bits_per_byte word_ppl top1 tokens_nonfinite peak_memory_gib engine engine_version "
-    "protocol key"
+    "protocol key error error_category remedy reference ppl_ratio ln_ratio ln_ratio_stderr significant notes"
 ).split()
+ENOUGH_WINDOWS = 8
+_LONGEST_NAME_IN_HEADER = 16
 
 
-def _unit(records: Sequence[ResultRecord]) -> str:
-    return records[0].unit if records else "token"
+@dataclass(frozen=True)
+class Shown:
+    """The records of one table, and what its cells refer to.
+
+    Args:
+        records: in the order of the table.
+        reference: label of the model that the others are compared with, None without comparisons.
+        notes: of all records, each once; a record's cell names them by number, from 1.
+    """
+
+    records: Sequence[ResultRecord]
+    reference: str | None
+    notes: list[str]
+
+    def note_numbers(self, record: ResultRecord) -> str:
+        """Which notes are a record's."""
+        return ", ".join(str(self.notes.index(note) + 1) for note in dict.fromkeys(record.notes))
+
+
+def shown(records: Sequence[ResultRecord]) -> Shown:
+    """What a table of these records refers to. Raises NotComparable."""
+    require_comparable(list(records))
+    reference = next((r.against_reference.label for r in records if r.against_reference), None)
+    notes = list(dict.fromkeys(note for record in records for note in record.notes))
+    return Shown(records, reference, notes)
 
 
 def print_table(records: Sequence[ResultRecord], console: Console) -> None:
-    """A table in the terminal's width, then failures and notes. Raises NotComparable."""
-    require_comparable(list(records))
-    console.print(caption(records), style="dim", highlight=False, soft_wrap=True)
-    table = Table(header_style="bold", box=SIMPLE_HEAD)
-    table.add_column("model", overflow="fold")
-    for name in ("bpw", "head", "GiB", f"PPL/{_unit(records)}", "±", "tok/s"):
-        table.add_column(name, justify="right", no_wrap=True)
-    reference = next((r.against_reference.label for r in records if r.against_reference), None)
-    if reference is not None:
-        table.add_column(f"vs {escape(reference)}", justify="right", no_wrap=True)
-    table.add_column("status")
-    for record in records:
-        status = f"[red]failed: {record.error.category}[/]" if record.error else "[green]ok[/]"
-        if record.status == "ok" and record.notes:
-            status = f"[yellow]ok, note {_note_numbers(record, records)}[/]"
-        against = [_against(record)] if reference is not None else []
-        table.add_row(escape(record.label), *_cells(record), *against, status)
-    console.print(table)
+    """A table, then what its columns mean, failures and notes. Raises NotComparable."""
+    table = shown(records)
+    say(console, (caption(records), "dim"))
+    console.print()
+    kept = print_columns(records, columns(table), console)
+    console.print()
+    for line in explanations(table, kept):
+        say(console, (line, "dim"))
     for record in records:
         if record.error:
-            why = f"{escape(record.error.message)} → {escape(record.error.remedy)}"
-            console.print(f"[red]{escape(record.label)}[/]: {why}", highlight=False, soft_wrap=True)
-    for number, note in enumerate(_notes(records), 1):
-        console.print(f"[yellow]note {number}[/]: {escape(note)}", highlight=False, soft_wrap=True)
+            say(console, (record.label, "red"), f": {record.error.message} → {record.error.remedy}")
+    for i, note in enumerate(table.notes, 1):
+        say(console, (f"note {i}", "yellow"), f": {note}")
+
+
+def columns(table: Shown) -> list[Column[ResultRecord]]:
+    """The columns of a table of results; which of them a narrow terminal shows is their own affair."""
+    per = _unit(table.records)
+    found = [
+        Column[ResultRecord]("model", lambda r: r.label),
+        Column[ResultRecord]("bpw", lambda r: number(r.layer_bpw, 3), MAJOR, right=True),
+        Column[ResultRecord](
+            "head", lambda r: number(r.head_bpw, 3), MINOR + 1, right=True, long_header="head bpw"
+        ),
+        Column[ResultRecord]("GiB", lambda r: number(r.vram_gb, 3), MINOR, right=True),
+        Column[ResultRecord](
+            f"PPL/{per}", lambda r: number(r.headline_ppl, 4), right=True, long_header=f"PPL per {per}"
+        ),
+        Column[ResultRecord]("±", _stderr, MAJOR, right=True),
+        Column[ResultRecord](
+            "tok/s",
+            lambda r: number(r.tokens_per_second, 0),
+            MINOR + 2,
+            right=True,
+            help=f"scored tokens per second of scoring, warm-up left out; {NOTHING} where it was not timed with these options",
+        ),
+    ]
+    if table.reference is not None:
+        short = len(table.reference) <= _LONGEST_NAME_IN_HEADER
+        name = f"vs {table.reference}" if short else "vs reference"
+        change = "change of perplexity on the same tokens, ± its standard error"
+        meaning = change if short else f"{change}; the reference is {table.reference}"
+        found.append(Column(name, _against, MAJOR, right=True, help=meaning))
+    return [*found, Column("status", lambda r: _status(table, r), MAJOR, style=_status_style)]
 
 
 def caption(records: Sequence[ResultRecord]) -> str:
@@ -56,74 +103,100 @@ def caption(records: Sequence[ResultRecord]) -> str:
     if not records:
         return "nothing was scored"
     facts = records[0].comparison
-    name = {"wiki2": "WikiText-2 raw test"}.get(facts["dataset"], facts["dataset"])
+    dataset, scored = facts.get("dataset"), facts.get("tokens_scored")
+    name = "WikiText-2 raw test" if dataset == "wiki2" else dataset
+    count = f"{scored:,}" if isinstance(scored, int) else scored
+    windows = f"{facts.get('windows')} windows of {facts.get('eval_len')} tokens"
     return (
-        f"{name}, protocol {facts['protocol']}, {facts['windows']} windows of {facts['eval_len']} tokens, "
-        f"stride {facts['eval_stride']}, {facts['tokens_scored']:,} tokens scored"
+        f"{name}, protocol {facts.get('protocol')}, {windows}, stride {facts.get('eval_stride')}, "
+        f"{count} tokens scored"
     )
 
 
+def explanations(table: Shown, columns: Sequence[Column[ResultRecord]]) -> list[str]:
+    """What the columns that are shown mean, and what the numbers cannot bear, a line each."""
+    lines = [f"{column.header}: {column.help}" for column in columns if column.help]
+    scored = [record for record in table.records if record.status == "ok"]
+    windows = scored[0].comparison.get("windows") if scored else None
+    if isinstance(windows, int) and windows < ENOUGH_WINDOWS:
+        lines.append(f"too few windows: {windows}, fewer than {ENOUGH_WINDOWS}; standard errors are rough")
+    if any(record.headline_ppl is None for record in scored):
+        lines.append(
+            f"no perplexity per {_unit(scored)}: it needs the text as a whole, and max_tokens cuts it; "
+            "bits per byte are in --json and --csv"
+        )
+    return lines
+
+
 def markdown(records: Sequence[ResultRecord]) -> str:
-    """A table for a README. Raises NotComparable."""
-    require_comparable(list(records))
-    reference = next((r.against_reference.label for r in records if r.against_reference), "reference")
-    lines = [
-        f"| model | format | bpw | head bpw | GiB | PPL per {_unit(records)} | ± | tok/s "
-        f"| vs {reference} | status |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
+    """A table for a README, with failures and notes under it. Raises NotComparable."""
+    table = shown(records)
+    first, *others = columns(table)
+    every = [first, Column[ResultRecord]("format", lambda r: r.format or ""), *others]
+    text = markdown_table(records, every)
+    text += f"\n{markdown_cell(caption(records))}.\n"
+    lines = [*explanations(table, every), *(f"note {i}: {note}" for i, note in enumerate(table.notes, 1))]
+    failures = [
+        f"- **{markdown_cell(record.label)}** failed ({record.error.category}): "
+        f"{markdown_cell(record.error.message)}. To do: {markdown_cell(record.error.remedy)}\n"
+        for record in records
+        if record.error
     ]
-    for record in records:
-        label, kind = (str(text).replace("|", "\\|") for text in (record.label, record.format or ""))
-        status = "ok" if record.error is None else f"failed: {record.error.category}"
-        lines.append(f"| {label} | {kind} | {' | '.join(_cells(record))} | {_against(record)} | {status} |")
-    return "\n".join([*lines, "", f"{caption(records)}.", ""])
+    listed = "".join(failures) + "".join(f"- {markdown_cell(line)}\n" for line in lines)
+    return text + (f"\n{listed}" if listed else "")
 
 
 def as_csv(records: Sequence[ResultRecord]) -> str:
-    """One line per record, raw numbers."""
+    """One line per record, raw numbers; notes joined by "; "."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [*CSV_FIELDS, "error"], extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(out, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for record in records:
-        row = record.model_dump()
-        writer.writerow(row | {"error": "" if record.error is None else record.error.message})
+        writer.writerow({name: csv_cell(value) for name, value in _flat(record).items()})
     return out.getvalue()
 
 
 def as_json(records: Sequence[ResultRecord]) -> str:
     """The records as they are."""
-    return json.dumps([record.model_dump() for record in records], indent=2, ensure_ascii=False) + "\n"
+    return json_text([record.model_dump() for record in records])
 
 
-def _cells(record: ResultRecord) -> list[str]:
-    stderr = record.headline_stderr
-    return [
-        _number(record.layer_bpw, 3),
-        _number(record.head_bpw, 3),
-        _number(record.vram_gb, 3),
-        _number(record.headline_ppl, 4),
-        "" if stderr is None else ("≥" if record.ppl_stderr_is_lower_bound else "") + _number(stderr, 3),
-        _number(record.tokens_per_second, 0),
-    ]
+def _flat(record: ResultRecord) -> dict[str, Any]:
+    row = record.model_dump() | {"notes": "; ".join(record.notes), "error": ""}
+    if record.error is not None:
+        error = record.error
+        row |= {"error": error.message, "error_category": error.category, "remedy": error.remedy}
+    against = record.against_reference
+    if against is not None:
+        names = ("ppl_ratio", "ln_ratio", "ln_ratio_stderr", "significant")
+        row |= {name: getattr(against, name) for name in names} | {"reference": against.label}
+    return row
+
+
+def _unit(records: Sequence[ResultRecord]) -> str:
+    return records[0].unit if records else "token"
+
+
+def _stderr(record: ResultRecord) -> str:
+    if record.headline_stderr is None:
+        return ""
+    return ("≥" if record.ppl_stderr_is_lower_bound else "") + number(record.headline_stderr, 3)
 
 
 def _against(record: ResultRecord) -> str:
     """Change of perplexity against the reference in percent, with the error of the paired difference."""
     if record.headline_ratio is None:
-        return "" if record.error is None else "–"
-    ratio, stderr = record.headline_ratio
-    change = f"{100 * (ratio - 1):+.2f}"
-    return f"{change} %" if stderr is None else f"{change} ± {100 * stderr:.2f} %"
+        return "" if record.error is None else NOTHING
+    return change_percent(*record.headline_ratio)
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
+def _status(table: Shown, record: ResultRecord) -> str:
+    if record.error:
+        return f"failed: {record.error.category}"
+    return f"ok, note {table.note_numbers(record)}" if record.notes else "ok"
 
 
-def _notes(records: Sequence[ResultRecord]) -> list[str]:
-    return list(dict.fromkeys(note for record in records for note in record.notes))
-
-
-def _note_numbers(record: ResultRecord, records: Sequence[ResultRecord]) -> str:
-    numbered = _notes(records)
-    return ", ".join(str(numbered.index(note) + 1) for note in record.notes)
+def _status_style(record: ResultRecord) -> str:
+    if record.error:
+        return "red"
+    return "yellow" if record.notes else "green"

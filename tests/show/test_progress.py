@@ -1,0 +1,39 @@
+"""Progress: every result can be said, and nothing that a worker says is obeyed."""
+
+import math
+
+import pytest
+from result_records import failed, record, terminal
+from rich.console import Console
+
+from evalq.results.record import ResultRecord
+from evalq.show.progress import ConsoleReporter
+
+EVIL = "\x1b]0;title\x07[red]:dog:\n\u202e"
+
+
+def said(found: ResultRecord, cached: bool = False, is_terminal: bool = False) -> str:
+    def show(console: Console) -> None:
+        with ConsoleReporter(console, 1, quiet=False) as reporter:
+            reporter.model(found.label, 10)
+            reporter.event({"event": "loaded", "seconds": 1.0, "device": EVIL})
+            reporter.record(found, cached)
+
+    return terminal(show, 200, is_terminal)
+
+
+@pytest.mark.parametrize("ppl", [None, math.inf, math.nan, 1e300, 5.0])
+def test_every_result_can_be_said(ppl: float | None) -> None:
+    out = said(record("a", ppl, tokens_per_second=None))
+    assert "[1/1] a: " in out
+    assert ("without a perplexity per token" in out) == (ppl is None)
+
+
+def test_a_text_cut_by_max_tokens_has_no_perplexity_per_word() -> None:
+    assert "without a perplexity per word" in said(record("a", 9.0, comparison={"unit": "word"}))
+
+
+def test_words_of_others_are_shown_and_not_obeyed() -> None:
+    out = said(failed(EVIL, EVIL, EVIL))
+    assert "\x1b" not in out and "\u202e" not in out and "\x07" not in out
+    assert out.count("\\x1b]0;title\\x07[red]:dog:\\n\\u202e") == 4
