@@ -86,7 +86,8 @@ def columns(table: Shown) -> list[Column[ResultRecord]]:
             lambda r: number(r.tokens_per_second, 0),
             MINOR + 2,
             right=True,
-            help=f"scored tokens per second of scoring, warm-up left out; {NOTHING} where it was not timed with these options",
+            help="scored tokens per second of scoring, warm-up left out; "
+            f"{NOTHING} where it was not timed with these options",
         ),
     ]
     if table.reference is not None:

@@ -84,7 +84,7 @@ def test_failures_and_notes_stand_below() -> None:
 
 def test_tokens_per_second_say_what_they_count_where_they_are_shown() -> None:
     records = [record("a"), record("b", tokens_per_second=None)]
-    meaning = "tok/s: scored tokens per second of scoring, warm-up left out; – where it was not timed with these options"
+    meaning = "tok/s: scored tokens per second of scoring, warm-up left out; – where it was not timed"
     assert meaning in on_terminal(records, 160) and meaning in table.markdown(records)
     assert meaning not in on_terminal([record(LONG), record("b")], 40)
 
