@@ -1,19 +1,18 @@
-"""A model on the hub, from the headers of its files: no weights are downloaded.
+"""A model by name: on this machine, or on the hub from the headers of its files, without its weights.
 
 Safetensors headers come through `huggingface_hub.get_safetensors_metadata`, a GGUF header through range
 requests of `HfFileSystem`. What only the weights' own bytes tell is left out: fused NVFP4 scales, and the two
 numbers of `weight_shape` (sides follow from the packed shape then).
 """
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from evalq.checkpoint.damage import clipped
 from evalq.checkpoint.gguf import measure_headers
 from evalq.checkpoint.gguf_header import GgufHeader, parse_gguf_header, require_one_model, split_names
 from evalq.checkpoint.headers import LORA_FILE, Checkpoint, open_checkpoint, read_lora
+from evalq.checkpoint.hub_access import HubName, hub_answers, hub_errors, hub_name
 from evalq.checkpoint.safetensors import (
     QUANTIZATION_FILES,
     group,
@@ -24,54 +23,47 @@ from evalq.checkpoint.safetensors import (
 from evalq.checkpoint.shards import parse_entry
 from evalq.errors import ModelError
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILE = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/(?P<file>(?:[\w.-]+/)*[\w.-]+\.gguf)")
 
-
-def open_hub(name: str, revision: str | None, offline: bool) -> Checkpoint:
-    """Read a model's headers on the hub, or those of its download where the hub is out of reach.
+def open_model(name: str, revision: str | None = None, offline: bool = False) -> Checkpoint:
+    """Find a model by the name that a user gives and read its headers.
 
     Args:
-        name: owner/name, or owner/name/file.gguf.
-        revision: branch, tag or commit; None for the main branch.
-        offline: use only what is downloaded.
+        name: a checkpoint directory, a GGUF file, owner/name on the hub, or owner/name/file.gguf there.
+        revision: branch, tag or commit on the hub; None for the main branch.
+        offline: use only what is on this machine.
 
     Raises:
-        ModelError: model_missing, model_gated, model_corrupt or download_failed.
+        ModelError: model_missing, model_gated, model_corrupt, unsafe_checkpoint or download_failed.
     """
-    match = HUB_FILE.fullmatch(name)
-    repo, file = (match["repo"], match["file"]) if match else (name, None)
-    with _hub_errors(name, revision):
-        info = None if offline else _repository(repo, revision)
-        if info is None:
-            return _open_downloaded(name, repo, file, revision)
-        return _open_gguf(name, file, info) if file else _open_safetensors(name, info)
+    path = existing_path(name)
+    if path is not None:
+        return open_checkpoint(path, name)
+    on_hub = hub_name(name)
+    if on_hub is None:
+        what = f"{clipped(name)}: no such file or directory, and no owner/name of the hub"
+        raise ModelError(what, "model_missing")
+    return _open_hub(name, on_hub, revision, offline)
 
 
-def _repository(repo: str, revision: str | None) -> Any:
-    """The hub's description of a repository; None where the hub is out of reach."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-
+def existing_path(name: str) -> Path | None:
+    """A file or directory by the name that a user gives, None where there is none."""
     try:
-        return HfApi().model_info(repo, revision=revision)
-    except HfHubHTTPError:  # the hub has answered
-        raise
-    except (OfflineModeIsEnabled, HTTPError):
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, "~nobody", a NUL
         return None
 
 
-def _open_downloaded(name: str, repo: str, file: str | None, revision: str | None) -> Checkpoint:
-    """A model that lies in the hub's cache on this machine."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def _open_hub(name: str, on_hub: HubName, revision: str | None, offline: bool) -> Checkpoint:
+    """Headers of a model on the hub, or of its download where the hub is out of reach."""
+    from huggingface_hub import HfApi, snapshot_download
 
-    try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        what = f"{name}: no such file or directory, not downloaded from the hub, and the hub is out of reach"
-        raise ModelError(what, "model_missing", "correct the path, or ask again with a network") from None
-    return open_checkpoint(folder / file if file else folder, name)
+    with hub_errors(name, on_hub.repo, revision):
+        if offline or not hub_answers():
+            folder = Path(snapshot_download(on_hub.repo, revision=revision, local_files_only=True))
+            return open_checkpoint(folder / on_hub.file if on_hub.file else folder, name)
+        info = HfApi().model_info(on_hub.repo, revision=revision)
+        return _open_gguf(name, on_hub.file, info) if on_hub.file else _open_safetensors(name, info)
 
 
 def _open_safetensors(name: str, info: Any) -> Checkpoint:
@@ -123,29 +115,3 @@ def _no_weights(name: str, files: list[str]) -> ModelError:
         what = f"{name}: holds {len(ggufs)} GGUF file{'s' if len(ggufs) > 1 else ''} on the hub"
         return ModelError(what, "model_missing", f"name one of them, such as {name}/{ggufs[0]}")
     return ModelError(f"{name}: no safetensors and no GGUF file in this repository", "model_missing")
-
-
-@contextmanager
-def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """The hub's errors as one line each."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except GatedRepoError:
-        remedy = f"accept its terms on https://huggingface.co/{name}, then: hf auth login"
-        raise ModelError(f"{name} is gated", "model_gated", remedy) from None
-    except RevisionNotFoundError:
-        raise ModelError(f'{name} has no revision "{revision}"', "model_missing") from None
-    except (RepositoryNotFoundError, EntryNotFoundError, FileNotFoundError):
-        what = f"{name}: no such file or directory, and no public model of this name on huggingface.co"
-        raise ModelError(what, "model_missing") from None
-    except HTTPError as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{name}: {first[0]}", "download_failed") from None

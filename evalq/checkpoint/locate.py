@@ -9,11 +9,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from evalq.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
+from evalq.checkpoint.hub_access import HubName, hub_answers, hub_errors, hub_name
 from evalq.errors import ModelError
 from evalq.spec import LoraSpec, ModelSpec
 
-_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_HUB_FILE = re.compile(r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/((?:[\w.-]+/)*[\w.-]+\.gguf)$")
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 _TOKENIZER = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
@@ -52,12 +52,16 @@ def locate(spec: ModelSpec, offline: bool, tokenizer_only: bool = False) -> Mode
         raise ModelError(f"{spec.where}.model_dir[1]: {overlay} does not exist", "model_missing")
     if path.exists():
         return ModelFiles(path.resolve(), overlay)
-    file_match = _HUB_FILE.match(spec.main_dir)
-    if _HUB_NAME.match(spec.main_dir) or file_match:
-        return _from_hub(
-            spec, path, offline, _TOKENIZER if tokenizer_only else [*_TOKENIZER, "*.safetensors"]
-        )
-    raise ModelError(f"{spec.where}.model_dir: {path} does not exist", "model_missing")
+    name = hub_name(spec.main_dir)
+    if name is None:
+        raise ModelError(f"{spec.where}.model_dir: {path} does not exist", "model_missing")
+    wanted = _TOKENIZER if tokenizer_only else [*_TOKENIZER, "*.safetensors"]
+    if name.file is not None:
+        wanted = [_SPLIT.sub(r"-*-of-\1.gguf", name.file)]
+    elif spec.trust_remote_code:
+        wanted = [*wanted, "*.py"]
+    what = f"{spec.where}.model_dir: {spec.main_dir}"
+    return _from_hub(what, name, spec.revision, wanted, offline)
 
 
 def locate_adapter(spec: ModelSpec, lora: LoraSpec, offline: bool) -> Path:
@@ -69,51 +73,27 @@ def locate_adapter(spec: ModelSpec, lora: LoraSpec, offline: bool) -> Path:
     path = spec.local(lora.path)
     if path.exists():
         return path.resolve()
-    if not _HUB_NAME.match(lora.path):
+    name = hub_name(lora.path)
+    if name is None or name.file is not None:
         raise ModelError(f"{spec.where}.lora.path: {path} does not exist", "model_missing")
-    stand_in = ModelSpec(load_fn=spec.load_fn, model_dir=lora.path)
-    stand_in._where = f"{spec.where}.lora"
-    return _from_hub(stand_in, path, offline, ["adapter_config.json", "adapter_model.safetensors"]).path
+    what = f"{spec.where}.lora.path: {lora.path}"
+    return _from_hub(what, name, None, [CONFIG_FILE, WEIGHTS_FILE], offline).path
 
 
-def _from_hub(spec: ModelSpec, path: Path, offline: bool, wanted: list[str]) -> ModelFiles:
+def _from_hub(what: str, name: HubName, revision: str | None, wanted: list[str], offline: bool) -> ModelFiles:
+    """Download what is not there yet; where the hub does not answer, what is there serves."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    file_match = _HUB_FILE.match(spec.main_dir)
-    repo = file_match.group(1) if file_match else spec.main_dir
-    if file_match:
-        wanted = [_SPLIT.sub(r"-*-of-\1.gguf", file_match.group(2))]
-    elif spec.trust_remote_code:
-        wanted = [*wanted, "*.py"]
-    what = f"{spec.where}.model_dir: {spec.main_dir}"
-    nowhere = f"{what} is neither a local path ({path}) nor "
-    try:
+    with hub_errors(what, name.repo, revision):
         folder = Path(
-            snapshot_download(repo, revision=spec.revision, allow_patterns=wanted, local_files_only=offline)
+            snapshot_download(
+                name.repo,
+                revision=revision,
+                allow_patterns=wanted,
+                local_files_only=offline or not hub_answers(),
+            )
         )
-    except GatedRepoError:
-        remedy = f"accept its terms on https://huggingface.co/{repo}, then: hf auth login"
-        raise ModelError(f"{what} is gated", "model_gated", remedy) from None
-    except RevisionNotFoundError:
-        raise ModelError(f'{what} has no revision "{spec.revision}"', "model_missing") from None
-    except RepositoryNotFoundError:
-        raise ModelError(f"{nowhere}a public model on huggingface.co", "model_missing") from None
-    except LocalEntryNotFoundError:
-        remedy = "download it on a machine with a network, or correct the path"
-        raise ModelError(
-            f"{nowhere}a downloaded hub model, and the hub is out of reach", "model_missing", remedy
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{what}: {first[0]}", "download_failed") from None
-    target = folder / file_match.group(2) if file_match else folder
+    target = folder / name.file if name.file else folder
     if not target.exists():
         raise ModelError(f"{what}: the repository holds no such file", "model_missing")
-    return ModelFiles(target, None, repo, folder.name)
+    return ModelFiles(target, None, name.repo, folder.name)

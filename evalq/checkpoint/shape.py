@@ -1,23 +1,20 @@
 """What a plan needs to know of a model: its configuration and the headers of its weights, never the weights.
 
-A directory is read where it lies. Of a hub name only config.json and the headers are fetched, a few hundred
-kB (`HfApi.get_safetensors_metadata`, https://huggingface.co/docs/huggingface_hub/package_reference/hf_api).
+A directory is read where it lies; of a hub name only config.json and the headers are fetched.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evalq.checkpoint.headers import is_gguf
-from evalq.checkpoint.safetensors import quantization_config, read_config
-from evalq.checkpoint.shards import RawTensor, find_shards, read_json, read_tensors
-from evalq.errors import ModelError, SpecError
+from evalq.checkpoint.hub import existing_path, open_model
+from evalq.checkpoint.shards import RawTensor
+from evalq.errors import SpecError
 
-_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _EXPERT = re.compile(r"experts\.\d+\.")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -146,20 +143,19 @@ def read_shape(name: str) -> ModelShape:
         SpecError: a GGUF file, an EXL3 checkpoint, or a config.json without the fields a plan needs.
         ModelError: model_missing, model_corrupt, model_gated or download_failed.
     """
-    path = Path(name).expanduser()
-    if not path.exists() and _HUB_NAME.match(name):
-        return _checked(hub_shape(name))
-    if name.endswith(".gguf") or is_gguf(path):
+    path = existing_path(name)
+    if name.endswith(".gguf") or (path is not None and is_gguf(path)):
         raise SpecError(
             f"{name} is a GGUF file: llama.cpp allocates its layers and KV cache, not vLLM",
             "plan the original safetensors checkpoint, or see the file's size with ls -l",
         )
-    shards = find_shards(path)
-    config = read_config(path)
-    if not config:
-        raise SpecError(f"{path} has no config.json", "a plan needs it: take it from the original model")
-    settings = quantization_config(path, config)
-    return _checked(make_shape(path.resolve().name, config, read_tensors(shards).values(), settings))
+    checkpoint = open_model(name)
+    if not checkpoint.config:
+        raise SpecError(f"{name} has no config.json", "a plan needs it: take it from the original model")
+    assert checkpoint.contents is not None
+    shown = name if path is None else path.resolve().name
+    tensors = checkpoint.contents.tensors.values()
+    return _checked(make_shape(shown, checkpoint.config, tensors, checkpoint.settings))
 
 
 def _checked(shape: ModelShape) -> ModelShape:
@@ -171,57 +167,6 @@ def _checked(shape: ModelShape) -> ModelShape:
             "plan the original checkpoint: what would fit lists the other formats",
         )
     return shape
-
-
-def hub_shape(name: str, api: Any = None, config_path: Callable[..., str] | None = None) -> ModelShape:
-    """The shape of a model on huggingface.co; nothing but metadata is downloaded.
-
-    Args:
-        name: owner/name.
-        api: what answers `get_safetensors_metadata(name)`; None for huggingface_hub.HfApi().
-        config_path: what downloads one file, (repo, file) -> path; None for huggingface_hub.hf_hub_download.
-
-    Raises:
-        ModelError: model_missing, model_gated or download_failed.
-    """
-    from huggingface_hub import HfApi, constants, hf_hub_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        NotASafetensorsRepoError,
-        RepositoryNotFoundError,
-    )
-
-    if api is None and constants.HF_HUB_OFFLINE:
-        remedy = "name a directory, or unset HF_HUB_OFFLINE"
-        raise ModelError(f"{name}: no such directory, and the hub is switched off", "model_missing", remedy)
-    try:
-        # First, because it turns every kind of lost connection into an OSError.
-        config = read_json(Path((config_path or hf_hub_download)(name, "config.json")))
-        metadata = (api or HfApi()).get_safetensors_metadata(name)
-    except GatedRepoError:
-        remedy = f"accept its terms on https://huggingface.co/{name}, then: hf auth login"
-        raise ModelError(f"{name} is gated", "model_gated", remedy) from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"{name} is neither a local directory nor a public model on huggingface.co", "model_missing"
-        ) from None
-    except LocalEntryNotFoundError:
-        remedy = "name a directory, or plan it on a machine with a network"
-        raise ModelError(
-            f"{name}: no such directory, and the hub is out of reach", "download_failed", remedy
-        ) from None
-    except (HfHubHTTPError, NotASafetensorsRepoError, OSError) as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{name}: {first[0]}", "download_failed") from None
-    tensors = (
-        RawTensor(tensor, info.dtype, tuple(info.shape), Path(file), begin, end - begin)
-        for file, part in metadata.files_metadata.items()
-        for tensor, info in part.tensors.items()
-        for begin, end in (info.data_offsets,)
-    )
-    return make_shape(name, config, tensors)
 
 
 def _collapsed(tensors: Iterable[RawTensor]) -> tuple[Header, ...]:

@@ -4,11 +4,10 @@
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from evalq.checkpoint.findings import Finding
-from evalq.checkpoint.headers import Checkpoint, open_checkpoint
-from evalq.errors import ModelError
+from evalq.checkpoint.headers import Checkpoint
+from evalq.checkpoint.hub import open_model
 from evalq.inspect.consistency import check
 from evalq.inspect.engines import Verdict, verdicts
 from evalq.inspect.facts import Facts, facts_of
@@ -42,27 +41,6 @@ class Inspection:
     engines: tuple[Verdict, ...]
     findings: tuple[Finding, ...]
     machine: Machine
-
-
-def open_model(name: str, revision: str | None = None, offline: bool = False) -> Checkpoint:
-    """Find a model and read its headers.
-
-    Args:
-        name: a checkpoint directory, a GGUF file, owner/name on the hub, or owner/name/file.gguf there.
-        revision: branch, tag or commit on the hub.
-        offline: never use the network.
-
-    Raises:
-        ModelError: there is no such model, or a file of it is damaged.
-    """
-    path = Path(name).expanduser()
-    if not path.exists():
-        from evalq.checkpoint.hub import HUB_FILE, HUB_NAME, open_hub
-
-        if HUB_NAME.fullmatch(name) or HUB_FILE.fullmatch(name):
-            return open_hub(name, revision, offline)
-        raise ModelError(f"{name}: no such file or directory, and no owner/name of the hub", "model_missing")
-    return open_checkpoint(path, name)
 
 
 def inspect_model(name: str, revision: str | None = None, offline: bool = False) -> Inspection:

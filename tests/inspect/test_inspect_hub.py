@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from sparse_checkpoints import (
     llama,
     llama_config,
     packed_int4,
+    small_config,
     write_file,
     write_model,
     write_shards,
@@ -22,13 +24,6 @@ from sparse_checkpoints import (
 
 from evalq.errors import ModelError
 from evalq.inspect import open_model
-
-COMMAND = (
-    "import argparse, sys; from evalq.cli import inspect as command; from evalq.errors import EvalqError\n"
-    "parser = argparse.ArgumentParser(); command.add_arguments(parser)\n"
-    "try: sys.exit(command.run(parser.parse_args()))\n"
-    "except EvalqError as error: print(f'evalq: {error}', file=sys.stderr); sys.exit(2)"
-)
 
 
 @pytest.fixture
@@ -38,8 +33,10 @@ def hub(tmp_path: Path) -> Iterator[LocalHub]:
         yield running
 
 
-def run(tmp_path: Path, url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process whose hub is the local one and whose cache is empty."""
+def run(
+    tmp_path: Path, url: str, *arguments: str, command: str = "inspect", timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """A command in a process whose hub is the local one and whose cache is empty."""
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
     environment |= {
         "HF_ENDPOINT": url,
@@ -48,11 +45,11 @@ def run(tmp_path: Path, url: str, *arguments: str) -> subprocess.CompletedProces
     }
     environment |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
     return subprocess.run(
-        [sys.executable, "-c", COMMAND, *arguments],
+        [sys.executable, *(("-m", "evalq", command) if command else ()), *arguments],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
     )
 
 
@@ -132,13 +129,62 @@ def test_what_is_not_there(tmp_path, hub, arguments, words):
     assert found.stdout == ""
 
 
-def test_hub_out_of_reach(tmp_path):
-    found = run(tmp_path, "http://127.0.0.1:9", "someone/llama")
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """A server that takes connections and never answers."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(64)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+REFUSES = "http://127.0.0.1:9"
+OUT_OF_REACH = (
+    "no such file or directory, not downloaded from the hub, and the hub is out of reach (correct the path, "
+    "or ask again with a network)"
+)
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+@pytest.mark.parametrize("url", [REFUSES, "silent", "http://no-such-host.invalid", "nonsense"])
+def test_hub_out_of_reach(tmp_path, silent, url, command):
+    """One line, no line of a library about tries; 30 s bound what takes up to 4 s and once took minutes."""
+    more = ("--gpu", "H100") if command == "plan" else ()
+    url = silent if url == "silent" else url
+    found = run(tmp_path, url, "someone/llama", *more, command=command, timeout=30)
     assert found.returncode == 2
-    assert found.stderr == (
-        "evalq: someone/llama: no such file or directory, not downloaded from the hub, and the hub is out of "
-        "reach (correct the path, or ask again with a network)\n"
-    )
+    assert found.stderr == f"evalq: someone/llama: {OUT_OF_REACH}\n"
+
+
+def test_what_is_downloaded_serves_where_the_hub_is_silent(tmp_path, hub, silent):
+    """A comparison once waited for the hub for minutes before it took the files that were there."""
+    write_model(tmp_path / "hub" / "someone" / "llama", llama(small_config()), small_config())
+    fetch = "from huggingface_hub import snapshot_download; snapshot_download('someone/llama')"
+    run(tmp_path, hub.url, "-c", fetch, command="")
+    online = run(tmp_path, hub.url, "someone/llama", "--json")
+    found = run(tmp_path, silent, "someone/llama", "--json", timeout=30)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert same_but_name(found.stdout, online.stdout)
+
+
+@pytest.mark.parametrize("name", ["a--b/c", "owner/name.", "~nobody/x", "owner/" + "x" * 300, "o/n\x1b[31m"])
+def test_names_that_the_hub_does_not_allow(tmp_path, hub, name):
+    found = run(tmp_path, hub.url, name)
+    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+    assert "no such file or directory" in found.stderr
+    assert "\x1b" not in found.stderr
+
+
+def test_a_plan_of_a_hub_name_from_metadata_alone(tmp_path, hub):
+    folder = write_model(tmp_path / "hub" / "someone" / "llama", llama(llama_config()), llama_config())
+    of_hub = run(tmp_path, hub.url, "someone/llama", "--gpu", "H100", "--json", command="plan")
+    assert of_hub.returncode == 0, of_hub.stderr
+    assert hub.bytes_sent < 2**20
+    of_files = run(tmp_path, hub.url, str(folder), "--gpu", "H100", "--json", command="plan")
+    one, other = json.loads(of_hub.stdout), json.loads(of_files.stdout)
+    assert one.pop("model") == "someone/llama"
+    assert other.pop("model") == "llama"
+    assert one == other
 
 
 def test_name_that_is_no_path_and_no_hub_name():
