@@ -14,13 +14,14 @@ from pathlib import Path
 
 from evalq.checkpoint.shape import ModelShape, make_shape
 from evalq.checkpoint.shards import DTYPE_BITS, RawTensor
-from evalq.vllm_memory.gpus import Gpu, gpu_named
-from evalq.vllm_memory.plan import Plan, PlanSettings, plan
+from evalq.vllm_memory.gpus import PlannedGpu, gpu_named
+from evalq.vllm_memory.plan import PlanSettings, plan
+from evalq.vllm_memory.plan_result import VllmPlan
 
 MODELS = Path(__file__).parents[1] / "tests" / "vllm_memory" / "models"
 H100, H200, A100 = gpu_named("H100"), gpu_named("H200"), gpu_named("A100-40GB")
 # The run does not say which; 14.6 to 16.0 GiB give the same verdicts.
-GPU_16 = Gpu("16 GB GPU", 15.6)
+GPU_16 = PlannedGpu("16 GB GPU", 15.6)
 LLAMA_70B = "Llama-3.3-70B-Instruct-FP8-dynamic"
 QWEN_NEXT = "Qwen3-Next-80B-A3B-Instruct-FP8"
 SORTS = PlanSettings(max_len=16000, version=(0, 11))
@@ -32,7 +33,7 @@ class Measured:
     """One run that reported its memory, GiB per GPU; None where it did not."""
 
     model: str
-    gpu: Gpu
+    gpu: PlannedGpu
     settings: PlanSettings
     weights: float | None
     activation: float | None
@@ -46,7 +47,7 @@ class Outcome:
     """One run and what came of it."""
 
     model: str
-    gpu: Gpu
+    gpu: PlannedGpu
     settings: PlanSettings
     happened: str
     status: str
@@ -173,7 +174,7 @@ def write_checkpoint(name: str, folder: Path) -> Path:
     return folder
 
 
-def given(row: Measured, shapes: dict[str, ModelShape]) -> Plan:
+def given(row: Measured, shapes: dict[str, ModelShape]) -> VllmPlan:
     """The plan with the run's own activation and non-torch memory."""
     settings = replace(row.settings, activation_gib=row.activation, non_torch_gib=row.non_torch)
     return plan(shapes[row.model], row.gpu, settings)

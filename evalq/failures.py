@@ -103,7 +103,8 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
         "max_len_too_large",
     ),
     (
-        r"(Free memory on device|Available memory on node) .* is less than desired [CG]PU memory utilization",
+        r"(Free memory on device|Available memory on node) .{1,200}? "
+        r"is less than desired [CG]PU memory utilization",
         "gpu_busy",
     ),
     (r"must be divisible by tensor parallel size|is greater than the derived max_model_len", "bad_option"),
@@ -118,7 +119,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     (r"SafetensorError|HeaderTooLarge|MetadataIncompleteBuffer|InvalidHeader", "model_corrupt"),
     (r"GatedRepoError|401 Client Error|403 Client Error", "model_gated"),
     (
-        r"No module named|ImportError|requires the .* package|is required to|PackageNotFoundError",
+        r"No module named|ImportError|requires the .{1,200}? package|is required to|PackageNotFoundError",
         "engine_missing",
     ),
     (r"does not recognize this architecture|Unknown quantization type|not supported", "unsupported_format"),

@@ -18,8 +18,8 @@ from evalq.plots import style
 from evalq.plots.page import LEADING, MARGIN_PT, Page, font, quiet_glyphs
 from evalq.plots.selection import printable
 from evalq.plots.ticks import scale
-from evalq.vllm_memory.output import short_name
-from evalq.vllm_memory.run import Run
+from evalq.vllm_memory.engine_run import EngineRun
+from evalq.vllm_memory.run_output import short_name
 
 WIDTH_PT = 612.0
 ROW_PT = 44.0
@@ -71,7 +71,7 @@ class Segment:
 class Bar:
     """One run."""
 
-    run: Run
+    run: EngineRun
     segments: list[Segment]
 
     @property
@@ -80,7 +80,7 @@ class Bar:
         return float(sum(segment.size_gib for segment in self.segments))
 
 
-def draw(runs: Sequence[Run], options: MemoryChart) -> Figure:
+def draw(runs: Sequence[EngineRun], options: MemoryChart) -> Figure:
     """Draw the runs that say what they held; the others are named below.
 
     Raises:
@@ -103,7 +103,7 @@ def draw(runs: Sequence[Run], options: MemoryChart) -> Figure:
     return page.figure
 
 
-def _segments(run: Run, look: style.Theme) -> list[Segment]:
+def _segments(run: EngineRun, look: style.Theme) -> list[Segment]:
     memory, failure = run.memory, run.failure
     if run.device.kind == "cpu":
         return []
@@ -259,7 +259,7 @@ def _write_size(page: Page, middle: tuple[float, float], segment: Segment, point
     page.text(float(x), float(y) - 0.33 * style.VALUE_PT, text, style.VALUE_PT, color, ha="center")
 
 
-def _write_name(page: Page, place: tuple[float, float], run: Run) -> None:
+def _write_name(page: Page, place: tuple[float, float], run: EngineRun) -> None:
     look = page.look
     size = style.NAME_PT
     room = (page.width - 2 * MARGIN_PT) * 0.55

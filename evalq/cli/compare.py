@@ -201,8 +201,8 @@ def _print(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", err
             if record.error:
                 say(errors, f"evalq: {record.label}: {record.error.message} ({record.error.remedy})")
     if arguments.memory:
-        from evalq.vllm_memory.output import print_runs
         from evalq.vllm_memory.reader import runs_from_records
+        from evalq.vllm_memory.run_output import print_runs
 
         print_runs(runs_from_records(records), errors)
 

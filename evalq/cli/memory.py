@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from evalq.vllm_memory.run import Run
+    from evalq.vllm_memory.engine_run import EngineRun
 
 DESCRIPTION = """\
 Read vLLM logs: where the GPU memory went, and why a model did not start.
@@ -48,25 +48,24 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from evalq.vllm_memory import output
+    from evalq.vllm_memory import run_output
     from evalq.vllm_memory.reader import read_logs
 
     runs = read_logs(arguments.logs)
     if arguments.json:
-        sys.stdout.write(output.as_json(runs))
+        sys.stdout.write(run_output.as_json(runs))
     elif arguments.csv:
-        sys.stdout.write(output.as_csv(runs))
+        sys.stdout.write(run_output.as_csv(runs))
     elif arguments.markdown:
-        sys.stdout.write(output.markdown(runs))
+        sys.stdout.write(run_output.markdown(runs))
     else:
-        console = Console()
-        output.print_runs(runs, console if console.is_terminal else Console(width=max(console.width, 130)))
+        run_output.print_runs(runs, Console())
     if arguments.plot or arguments.plot_file:
         _plot(arguments, runs)
     return 0 if all(run.status == "success" for run in runs) else 1
 
 
-def _plot(arguments: argparse.Namespace, runs: "list[Run]") -> None:
+def _plot(arguments: argparse.Namespace, runs: "list[EngineRun]") -> None:
     import sys
 
     from evalq.errors import SpecError

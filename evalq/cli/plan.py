@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from evalq.cli.numbers import count, positive
 
 if TYPE_CHECKING:
-    from evalq.vllm_memory.gpus import Gpu
+    from evalq.vllm_memory.gpus import PlannedGpu
 
 DESCRIPTION = """\
 Will a model fit on a GPU with vLLM, and how long a text will it hold?
@@ -71,11 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan. Exit code 0 when it fits, else 1."""
-    import json
+    import sys
 
     from rich.console import Console
 
     from evalq.checkpoint.shape import read_shape
+    from evalq.show.plain import json_text
     from evalq.vllm_memory.plan import PlanSettings, plan
     from evalq.vllm_memory.plan_advice import advise
     from evalq.vllm_memory.plan_output import print_plan
@@ -100,27 +101,24 @@ def run(arguments: argparse.Namespace) -> int:
     planned = plan(shape, gpu, settings)
     advice = advise(shape, gpu, settings, planned)
     if arguments.json:
-        print(json.dumps(planned.as_dict() | {"advice": advice.as_dict()}, indent=2))
+        sys.stdout.write(json_text(planned.as_dict() | {"advice": advice.as_dict()}))
     else:
-        console = Console()
-        print_plan(
-            planned, advice, console if console.is_terminal else Console(width=max(console.width, 120))
-        )
+        print_plan(planned, advice, Console())
     return 0 if planned.fits else 1
 
 
-def _gpu(name: str | None, memory_gib: float | None) -> "Gpu":
+def _gpu(name: str | None, memory_gib: float | None) -> "PlannedGpu":
     """The GPU named, with the memory given."""
     from dataclasses import replace
 
     from evalq.errors import SpecError
-    from evalq.vllm_memory.gpus import GPUS, Gpu, gpu_named
+    from evalq.vllm_memory.gpus import GPUS, PlannedGpu, gpu_named
 
     if name is None:
         if memory_gib is None:
             known = ", ".join(gpu.name for gpu in GPUS)
             raise SpecError("name the GPU with --gpu or its memory with --gpu-memory GIB", f"GPUs: {known}")
-        return Gpu(f"GPU of {memory_gib:g} GiB", memory_gib, "given")
+        return PlannedGpu(f"GPU of {memory_gib:g} GiB", memory_gib, "given")
     gpu = gpu_named(name)
     return gpu if memory_gib is None else replace(gpu, total_gib=memory_gib, source="given")
 

@@ -29,7 +29,7 @@ Version = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Range:
+class GibRange:
     """An estimate in GiB, and between what it was seen or can be argued to lie."""
 
     low: float
@@ -65,14 +65,14 @@ GRAPHS_COUNTED_FROM: Version = (0, 21)
 
 
 @dataclass(frozen=True)
-class Step:
+class EngineStep:
     """One step of the engine: `tokens` computed at once, `sequences` sampled at once."""
 
     tokens: int
     sequences: int
 
 
-def peak_activation(shape: ModelShape, step: Step, tp: int, version: Version) -> Range:
+def peak_activation(shape: ModelShape, step: EngineStep, tp: int, version: Version) -> GibRange:
     """Peak activation of one GPU.
 
     Args:
@@ -85,7 +85,7 @@ def peak_activation(shape: ModelShape, step: Step, tp: int, version: Version) ->
     hidden = step.tokens * shape.hidden * 2 / GIB
     logits = step.sequences * shape.vocab / GIB
     sampler = next(row for row in _SAMPLERS if version >= row.since)
-    return Range(
+    return GibRange(
         low=max(forward * (1 - _FORWARD_SPREAD), logits * sampler.low + hidden),
         expected=max(forward, logits * sampler.expected + hidden),
         high=max(forward * (1 + _FORWARD_SPREAD), logits * sampler.high + hidden) + _CUBLAS_GIB,
@@ -104,13 +104,13 @@ def _forward_width(shape: ModelShape, tp: int) -> float:
     return max(dense, experts) if integer(shape.config, "first_k_dense_replace") else experts
 
 
-def non_torch(n_gpus: int) -> Range:
+def non_torch(n_gpus: int) -> GibRange:
     """Memory torch knows nothing of, on each of the GPUs that work together."""
-    return Range(0.1, 0.14, 0.25) if n_gpus == 1 else Range(0.5, 0.55, 1.2)
+    return GibRange(0.1, 0.14, 0.25) if n_gpus == 1 else GibRange(0.5, 0.55, 1.2)
 
 
-def cuda_graphs(version: Version, eager: bool) -> Range:
+def cuda_graphs(version: Version, eager: bool) -> GibRange:
     """What graphs take from the budget."""
     if eager or version < GRAPHS_COUNTED_FROM:
-        return Range(0.0, 0.0, 0.0)
-    return Range(0.1, 0.4, 1.0)
+        return GibRange(0.0, 0.0, 0.0)
+    return GibRange(0.1, 0.4, 1.0)

@@ -15,18 +15,19 @@ PyTorch's message about an allocation that failed: `c10/cuda/CUDACachingAllocato
 import re
 from collections.abc import Sequence
 
-from evalq.vllm_memory.log import LogLine
-from evalq.vllm_memory.run import Breakdown, Cache, Device, Rank, Seconds
+from evalq.vllm_memory.engine_run import DeviceMemory, KvCache, MemoryBreakdown, StartSeconds, WorkerRank
+from evalq.vllm_memory.log import NUMBER, LogLine, number
 
 Figures = dict[str, float]
 ByProcess = dict[str, Figures]
 
-_N = r"-?[\d,]*\.?\d+"
+# Every figure stands beside one of these: a line without them is passed over.
+_UNITS = ("GiB", " GB", "seconds", "tokens", "blocks", "--kv-cache-memory", " took ", " takes ")
 
 
 def _figure(pattern: str) -> re.Pattern[str]:
     """<name> stands for a number that becomes the figure of this name."""
-    return re.compile(re.sub(r"<(\w+)>", lambda name: f"(?P<{name[1]}>{_N})", pattern))
+    return re.compile(re.sub(r"<(\w+)>", lambda name: f"(?P<{name[1]}>{NUMBER})", pattern))
 
 
 _PATTERNS = tuple(
@@ -58,13 +59,13 @@ _PATTERNS = tuple(
         r"<non_torch> GiB for non-torch memory, and <graphs> GiB for CUDAGraph memory",
         r"Actual usage is <consumed> GiB for consumed memory \(weights \+ non-torch\), "
         r"<peak_with_estimate> GiB for peak activation, and <graphs> GiB for CUDAGraph memory",
-        r"`--kv-cache-memory=<requested_bytes>`.*`--kv-cache-memory=<whole_gpu_bytes>`",
+        r"`--kv-cache-memory=<requested_bytes>`.{0,200}?`--kv-cache-memory=<whole_gpu_bytes>`",
         r"torch.compile (?:takes|took) <compile> s in total",
         r"init engine \(profile, create kv cache, warmup model\) took <init> s",
         r"has a total capaci?ty of <total> GiB",
     )
 )
-_GRAPHS_IN_KV = re.compile(r"CUDA graph memory profiling is enabled")
+_GRAPHS_IN_KV = "CUDA graph memory profiling is enabled"
 # Of these the worker with least decides; of all others the one with most is shown.
 _LEAST = ("kv_cache", "tokens", "sequences", "blocks", "free", "requested_bytes", "whole_gpu_bytes")
 
@@ -74,14 +75,16 @@ def collect(lines: Sequence[LogLine]) -> ByProcess:
     found: ByProcess = {}
     for line in lines:
         figures = found.setdefault(line.process, {})
+        if _GRAPHS_IN_KV in line.message:
+            figures["estimate_is_used"] = 1.0
+        if not any(unit in line.message for unit in _UNITS):
+            continue
         for pattern in _PATTERNS:
             match = pattern.search(line.message)
             for name, text in match.groupdict().items() if match else ():
                 if text is not None:
-                    value = float(text.replace(",", ""))
+                    value = number(text)
                     figures[name] = min(value, figures.get(name, value)) if name in _LEAST else value
-        if _GRAPHS_IN_KV.search(line.message):
-            figures["estimate_is_used"] = 1.0
     return {process: figures for process, figures in found.items() if figures}
 
 
@@ -95,16 +98,16 @@ def over_processes(by_process: ByProcess) -> Figures:
     return joined
 
 
-def ranks(by_process: ByProcess) -> tuple[Rank, ...]:
+def ranks(by_process: ByProcess) -> tuple[WorkerRank, ...]:
     """The worker processes: those that loaded a part of the model or hold a part of the cache."""
     return tuple(
-        Rank(process, breakdown(figures), _load_seconds(figures))
+        WorkerRank(process, breakdown(figures), _load_seconds(figures))
         for process, figures in sorted(by_process.items())
         if figures.keys() & {"weights", "weights_used", "read", "kv_cache"}
     )
 
 
-def breakdown(figures: Figures) -> Breakdown:
+def breakdown(figures: Figures) -> MemoryBreakdown:
     """Where the memory went."""
     weights = figures.get("weights", figures.get("weights_used"))
     non_torch, peak = figures.get("non_torch"), figures.get("peak")
@@ -115,25 +118,25 @@ def breakdown(figures: Figures) -> Breakdown:
         counted = figures.get("estimate", 0.0) if "estimate_is_used" in figures else 0.0
         peak = round(figures["peak_with_estimate"] - counted, 4)
     graphs = figures.get("graphs", figures.get("estimate"))
-    return Breakdown(weights, peak, non_torch, graphs, figures.get("kv_cache"))
+    return MemoryBreakdown(weights, peak, non_torch, graphs, figures.get("kv_cache"))
 
 
-def device(figures: Figures, kind: str | None) -> Device:
+def device(figures: Figures, kind: str | None) -> DeviceMemory:
     """The memory there was; the requested memory is the utilization times the total."""
     share, requested = figures.get("utilization"), figures.get("requested")
     total = figures.get("total")
     if total is None and share and requested is not None:
         total = round(requested / share, 2)
-    return Device(kind, total, figures.get("free"), share, requested)
+    return DeviceMemory(kind, total, figures.get("free"), share, requested)
 
 
-def cache(figures: Figures, max_model_len: int | None) -> Cache:
+def cache(figures: Figures, max_model_len: int | None) -> KvCache:
     """The KV cache in tokens. V0 counts blocks; their size follows from the concurrency beside them."""
     tokens, sequences = figures.get("tokens"), figures.get("sequences")
     blocks, length = figures.get("blocks"), figures.get("max_model_len", max_model_len)
     if tokens is None and blocks and sequences and length:
         tokens = blocks * round(sequences * length / blocks)
-    return Cache(
+    return KvCache(
         None if tokens is None else int(tokens),
         sequences,
         _whole(figures.get("requested_bytes")),
@@ -141,9 +144,9 @@ def cache(figures: Figures, max_model_len: int | None) -> Cache:
     )
 
 
-def seconds(figures: Figures) -> Seconds:
+def seconds(figures: Figures) -> StartSeconds:
     """How long the steps took."""
-    return Seconds(
+    return StartSeconds(
         _load_seconds(figures), figures.get("compile"), figures.get("capture"), figures.get("init")
     )
 

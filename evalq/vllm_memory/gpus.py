@@ -11,7 +11,7 @@ from evalq.errors import SpecError
 
 
 @dataclass(frozen=True)
-class Gpu:
+class PlannedGpu:
     """A kind of GPU.
 
     Args:
@@ -37,27 +37,27 @@ class Gpu:
 DRIVER_GIB = 0.55
 _VLLM = "https://github.com/vllm-project/vllm/issues/"
 GPUS = (
-    Gpu("H200", 139.80, "measured"),
-    Gpu("H100", 79.18, "measured"),
-    Gpu("A100-80GB", 79.15, _VLLM + "4408"),
-    Gpu("A100-40GB", 39.49, "measured"),
-    Gpu("B200", 178.35, "https://github.com/pytorch/ao/pull/4002"),
-    Gpu("L40S", 44.4),
-    Gpu("L4", 22.05, "https://github.com/pytorch/pytorch/issues/175666"),
-    Gpu("A10", 21.99, "https://github.com/zai-org/CogVLM/issues/236"),
-    Gpu("T4", 14.58, "https://github.com/datawhalechina/self-llm/issues/162"),
-    Gpu("V100-32GB", 31.74, "https://github.com/liucongg/ChatGLM-Finetuning/issues/73"),
-    Gpu("RTX-3090", 23.69, _VLLM + "2140"),
-    Gpu("RTX-4090", 23.52, "https://github.com/Soul-AILab/SoulX-FlashTalk/issues/5"),
-    Gpu("RTX-5090", 31.4),
-    Gpu("RTX-A6000", 47.4),
-    Gpu("RTX-PRO-6000", 94.9),
+    PlannedGpu("H200", 139.80, "measured"),
+    PlannedGpu("H100", 79.18, "measured"),
+    PlannedGpu("A100-80GB", 79.15, _VLLM + "4408"),
+    PlannedGpu("A100-40GB", 39.49, "measured"),
+    PlannedGpu("B200", 178.35, "https://github.com/pytorch/ao/pull/4002"),
+    PlannedGpu("L40S", 44.4),
+    PlannedGpu("L4", 22.05, "https://github.com/pytorch/pytorch/issues/175666"),
+    PlannedGpu("A10", 21.99, "https://github.com/zai-org/CogVLM/issues/236"),
+    PlannedGpu("T4", 14.58, "https://github.com/datawhalechina/self-llm/issues/162"),
+    PlannedGpu("V100-32GB", 31.74, "https://github.com/liucongg/ChatGLM-Finetuning/issues/73"),
+    PlannedGpu("RTX-3090", 23.69, _VLLM + "2140"),
+    PlannedGpu("RTX-4090", 23.52, "https://github.com/Soul-AILab/SoulX-FlashTalk/issues/5"),
+    PlannedGpu("RTX-5090", 31.4),
+    PlannedGpu("RTX-A6000", 47.4),
+    PlannedGpu("RTX-PRO-6000", 94.9),
 )
 # Spellings without the memory, for the size most people have.
 _ALIASES = {"a100": "A100-80GB", "v100": "V100-32GB"}
 
 
-def gpu_named(name: str) -> Gpu:
+def gpu_named(name: str) -> PlannedGpu:
     """A GPU by name, whatever its case and punctuation ("rtx 4090", "NVIDIA H100").
 
     Raises:
@@ -73,13 +73,13 @@ def gpu_named(name: str) -> Gpu:
     raise SpecError(f'unknown GPU "{name}"', f"one of {known}; or its memory with --gpu-memory GIB")
 
 
-def gpu_reported(name: str, driver_gib: float) -> Gpu:
+def gpu_reported(name: str, driver_gib: float) -> PlannedGpu:
     """A GPU by the driver's words ("NVIDIA H100 80GB HBM3", 79.65), with the memory CUDA sees of it."""
     for gpu in GPUS:
         family = _plain(gpu.name.removeprefix("RTX-").split("-")[0])
         if family in _plain(name) and 0.98 < gpu.total_gib / driver_gib <= 1:
             return gpu
-    return Gpu(name, driver_gib - DRIVER_GIB)
+    return PlannedGpu(name, driver_gib - DRIVER_GIB)
 
 
 def _plain(name: str) -> str:

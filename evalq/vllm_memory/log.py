@@ -6,34 +6,46 @@ of vLLM's logger (`INFO 11-21 02:38:58 [model_runner.py:305]`, no brackets befor
 message. A run starts where the engine's arguments are printed, or at "Initializing a V1 LLM engine"; an
 engine that fails before the latter has the former alone.
 
+Logs come from anywhere, so what is kept of one is bounded: of a line its first 32,768 characters, which is
+several times vLLM's longest; a log of more than 1,000,000 lines or 128 MiB is refused. No pattern
+takes longer than in proportion to the length of its line.
+
 Source: `vllm/logger.py`, `decorate_logs` and `_add_prefix` of vLLM 0.8 to 0.33.
 """
 
+import io
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from evalq.errors import SpecError
 
 INIT = re.compile(
-    r"Initializing an? (?:(?P<generation>V\d) )?LLM engine \(v(?P<version>[^)]+)\) with config: "
+    r"Initializing an? (?:(?P<generation>V\d) )?LLM engine \(v(?P<version>[^()\s]{1,80})\) with config: "
 )
 ARGUMENTS = re.compile(r"^(?:non-default args: |args: Namespace\(|vLLM API server version )")
+# A number as vLLM and PyTorch print it. Without an end, "1.2.3" and 400 digits would be numbers too.
+NUMBER = r"-?(?:\d{1,18}+(?:,\d{3}){0,4}+(?:\.\d{1,20}+)?+|\.\d{1,20}+)"
 
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
-_LEAD = re.compile(r"^(?:\S+\s+\|\s|\d{4}-\d\d-\d\dT\S+\s)+")
-_PROCESS = re.compile(r"^\(((?:[^()]*\s)?pid=\d+[^()]*)\)\s?|^(\[rank\d+\]): ?")
+LINE_CHARACTERS_MAX = 32_768
+LINES_MAX = 1_000_000
+BYTES_MAX = 128 * 2**20
+
+_ANSI = re.compile(r"\x1b\[[0-9;?]*+[ -/]*+[@-~]")
+_LEAD = re.compile(r"(?:\S++\s++\|\s|\d{4}-\d\d-\d\dT\S++\s)++")
+_PROCESS = re.compile(r"\((?P<inside>[^()]*+)\)\s?|(?P<rank>\[rank\d++\]): ?")
+_PID = re.compile(r"(?:^|\s)pid=\d")
 _HEADER = re.compile(
-    r"^(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[?[^\]\s]+:\d+\]? ?"
+    r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d++)? \[?[^\]\s]+:\d++\]? ?"
 )
 _NO_START = (
     'a vLLM log holds "Initializing a V1 LLM engine (v...) with config: ..." or "non-default args: ..."'
 )
+_TOO_LONG = "give the part around one start, or leave requests out: grep -v POST LOG | evalq memory -"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LogLine:
     """One line of a log.
 
@@ -49,39 +61,61 @@ class LogLine:
 
 
 def read_lines(name: str) -> list[LogLine]:
-    """Every line of a file, or of standard input for "-".
+    """Every line with something on it of a file, or of standard input for "-".
 
     Raises:
-        SpecError: it cannot be read, is empty or is not text.
+        SpecError: it cannot be read, is empty, too long or no text.
     """
     where = "standard input" if name == "-" else name
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        if name == "-":
+            data = sys.stdin.buffer.read(BYTES_MAX + 1)
+        else:
+            with open(name, "rb") as file:
+                data = file.read(BYTES_MAX + 1)
     except OSError as error:
         raise SpecError(f"{where}: cannot be read: {error.strerror or error}") from None
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):  # what PowerShell's ">" writes
-        text = data.decode("utf-16", errors="replace")
-    elif b"\0" in data:
+    except ValueError as error:  # a NUL in the name
+        raise SpecError(f"{where}: cannot be read: {error}") from None
+    is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")  # what PowerShell's ">" writes
+    if b"\0" in data and not is_utf16:
         raise SpecError(f"{where}: a binary file, not a log", "give the text that vLLM printed")
-    else:
-        text = data.decode("utf-8", errors="replace")
-    if not text.strip():
+    if len(data) > BYTES_MAX:
+        raise SpecError(f"{where}: more than {BYTES_MAX // 2**20} MiB", _TOO_LONG)
+    lines = _lines(data, "utf-16" if is_utf16 else "utf-8", where)
+    if not lines:
         raise SpecError(f"{where}: empty", "give the text that vLLM printed (standard error too: 2>&1)")
-    # A progress bar overwrites itself with carriage returns: several messages on one line.
-    return [
-        parse_line(number, part)
-        for number, line in enumerate(text.split("\n"), 1)
-        for part in line.rstrip("\r").split("\r")
-    ]
+    return lines
+
+
+def _lines(data: bytes, encoding: str, where: str) -> list[LogLine]:
+    """The lines of a text. Raises SpecError for too many."""
+    found: list[LogLine] = []
+    text = io.TextIOWrapper(io.BytesIO(data), encoding, errors="replace", newline="\n")
+    for number, line in enumerate(text, 1):
+        # A progress bar overwrites itself with carriage returns: several messages on one line.
+        found += (parse_line(number, part) for part in line.split("\r") if part and not part.isspace())
+        if len(found) > LINES_MAX:
+            raise SpecError(f"{where}: more than {LINES_MAX:,} lines", _TOO_LONG)
+    return found
 
 
 def parse_line(number: int, text: str) -> LogLine:
-    """Take a line apart."""
-    rest = _LEAD.sub("", _ANSI.sub("", text).rstrip(), count=1)
-    process = ""
-    while match := _PROCESS.match(rest):
-        process, rest = match[1] or match[2], rest[match.end() :]
-    return LogLine(number, process, _HEADER.sub("", rest, count=1))
+    """Take a line apart; what is beyond `LINE_CHARACTERS_MAX` is left out."""
+    rest = _ANSI.sub("", text[:LINE_CHARACTERS_MAX]).rstrip()
+    at, process = _end(_LEAD, rest, 0), ""
+    while match := _PROCESS.match(rest, at):
+        named = match["rank"] or (match["inside"] if _PID.search(match["inside"]) else None)
+        if named is None:
+            break
+        process, at = named, match.end()
+    return LogLine(number, process, rest[_end(_HEADER, rest, at) :])
+
+
+def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """Where a match at this place ends; the place itself without one."""
+    match = pattern.match(text, at)
+    return match.end() if match else at
 
 
 def split_runs(lines: Iterable[LogLine], where: str) -> list[list[LogLine]]:
@@ -126,6 +160,11 @@ class _State:
             self.engines.add(line.process.split(" ")[0])
         self.arguments = self.arguments or bool(ARGUMENTS.match(line.message))
         self.failed = self.failed or line.message.startswith("Traceback (most recent call last)")
+
+
+def number(text: str) -> float:
+    """What `NUMBER` matched."""
+    return float(text.replace(",", ""))
 
 
 def values(lines: Iterable[LogLine], pattern: re.Pattern[str]) -> Iterator[tuple[LogLine, re.Match[str]]]:

@@ -10,18 +10,20 @@ from dataclasses import dataclass, replace
 
 from evalq.checkpoint.shape import ModelShape
 from evalq.errors import SpecError
-from evalq.vllm_memory.activation import GIB, Range, cuda_graphs, non_torch, peak_activation
-from evalq.vllm_memory.gpus import Gpu
+from evalq.vllm_memory.activation import GIB, GibRange, cuda_graphs, non_torch, peak_activation
+from evalq.vllm_memory.gpus import PlannedGpu
 from evalq.vllm_memory.kv import CacheLayer, cache_layers
-from evalq.vllm_memory.plan_result import CONTEXT_GIB, Plan, Status
+from evalq.vllm_memory.plan_result import CONTEXT_GIB, Status, VllmPlan
 from evalq.vllm_memory.plan_settings import PlanSettings, check
 from evalq.vllm_memory.pool import KvPool, make_pool
 from evalq.vllm_memory.weights import RankWeights, rank_weights, stages
 
-__all__ = ["Gpu", "Plan", "PlanSettings", "plan"]
+__all__ = ["PlanSettings", "plan"]
 
 
-def plan(shape: ModelShape, gpu: Gpu, settings: PlanSettings, linear_bits: float | None = None) -> Plan:
+def plan(
+    shape: ModelShape, gpu: PlannedGpu, settings: PlanSettings, linear_bits: float | None = None
+) -> VllmPlan:
     """Plan a model on a GPU.
 
     Args:
@@ -52,14 +54,14 @@ def plan(shape: ModelShape, gpu: Gpu, settings: PlanSettings, linear_bits: float
     other = _measured(settings.non_torch_gib) or non_torch(settings.tp * settings.pp)
     graphs = _measured(settings.graphs_gib) or cuda_graphs(settings.version, settings.eager)
     budget = settings.budget_share * gpu.total_gib - weights_gib
-    kv = Range(
+    kv = GibRange(
         low=budget - activation.high - other.high - graphs.high,
         expected=budget - activation.expected - other.expected - graphs.expected,
         high=budget - activation.low - other.low - graphs.low,
     )
     question = _Question(gpu.total_gib, weights_gib, pool, max_len, offloaded > 0 and pool.has_state)
     cached = [cache for layer in layers for cache in layer]
-    return Plan(
+    return VllmPlan(
         model=shape.name,
         gpu=gpu,
         settings=settings,
@@ -119,5 +121,5 @@ def _per_token(cached: list[CacheLayer]) -> int:
     return full or sum(cache.bytes for cache in cached if cache.kind != "state")
 
 
-def _measured(gib: float | None) -> Range | None:
-    return None if gib is None else Range(gib, gib, gib)
+def _measured(gib: float | None) -> GibRange | None:
+    return None if gib is None else GibRange(gib, gib, gib)

@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from evalq.checkpoint.shape import ModelShape
-from evalq.vllm_memory.gpus import Gpu
+from evalq.vllm_memory.gpus import PlannedGpu
 from evalq.vllm_memory.plan import plan
-from evalq.vllm_memory.plan_result import Plan
+from evalq.vllm_memory.plan_result import VllmPlan
 from evalq.vllm_memory.plan_settings import PlanSettings, divides
 
 TP_MAX = 64
@@ -58,7 +58,7 @@ class Advice:
         return asdict(self)
 
 
-def advise(shape: ModelShape, gpu: Gpu, settings: PlanSettings, planned: Plan) -> Advice:
+def advise(shape: ModelShape, gpu: PlannedGpu, settings: PlanSettings, planned: VllmPlan) -> Advice:
     """Look for the smallest tensor parallelism, and try the other formats on the GPUs given."""
     choices = [n for n in range(1, TP_MAX + 1) if divides(shape, n) and shape.intermediate % n == 0]
     # Fewer GPUs than the weights alone need cannot do.

@@ -1,36 +1,51 @@
 """A plan for people: the parts beside the GPU, the verdict, what would fit."""
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from typing import NamedTuple
 
-from evalq.vllm_memory.activation import GIB, GRAPHS_COUNTED_FROM, Range
+from rich.console import Console
+from rich.text import Text
+
+from evalq.show.columns import MAJOR, MINOR, Column, print_columns
+from evalq.show.plain import plain
+from evalq.vllm_memory.activation import GIB, GRAPHS_COUNTED_FROM, GibRange
 from evalq.vllm_memory.plan_advice import Advice, FormatPlan
-from evalq.vllm_memory.plan_result import Plan
+from evalq.vllm_memory.plan_result import VllmPlan
 
 _STYLES = {"fits": "green", "fits_shorter": "yellow"}
 
 
-def print_plan(plan: Plan, advice: Advice, console: Console) -> None:
+class _Line(NamedTuple):
+    """A part of the GPU's memory, GiB as text; low and high are empty for what is exact."""
+
+    name: str
+    low: str
+    expected: str
+    high: str
+    note: str
+
+
+_COLUMNS: tuple[Column[_Line], ...] = (
+    Column("GiB per GPU", lambda line: line.name),
+    Column("low", lambda line: line.low, MAJOR, right=True),
+    Column("expected", lambda line: line.expected, right=True),
+    Column("high", lambda line: line.high, MAJOR, right=True),
+    Column("what it is", lambda line: line.note, MINOR, folds=True),
+)
+
+
+def print_plan(plan: VllmPlan, advice: Advice, console: Console) -> None:
     """The table, then the verdict in one line, then what could be changed."""
-    console.print(_title(plan), style="dim", highlight=False, soft_wrap=True)
-    table = Table(box=SIMPLE_HEAD, header_style="bold", show_footer=False)
-    table.add_column("GiB per GPU")
-    for name in ("low", "expected", "high"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("what it is")
-    for name, low, expected, high, note in _rows(plan):
-        table.add_row(name, low, expected, high, escape(note))
-    console.print(table)
+    console.print(Text(plain(_title(plan)), "dim"), soft_wrap=True)
+    print_columns(_lines(plan), _COLUMNS, console)
+    console.print()
     style = _STYLES.get(plan.status, "red")
-    head, _, rest = plan.verdict.partition(":")
-    console.print(f"[bold {style}]{escape(head)}[/]{':' if rest else ''}{escape(rest)}", highlight=False)
+    head, colon, rest = plan.verdict.partition(":")
+    console.print(Text.assemble((head, f"bold {style}"), colon + plain(rest)), soft_wrap=True)
     for line in [*_caution(plan), *_advice(plan, advice)]:
-        console.print(f"  {escape(line)}", highlight=False)
+        console.print(Text(f"  {plain(line)}"), soft_wrap=True)
 
 
-def _title(plan: Plan) -> str:
+def _title(plan: VllmPlan) -> str:
     settings = plan.settings
     version = ".".join(map(str, settings.version))
     gpus = settings.tp * settings.pp
@@ -41,12 +56,12 @@ def _title(plan: Plan) -> str:
     )
 
 
-def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
+def _lines(plan: VllmPlan) -> list[_Line]:
     utilization = f"{plan.settings.budget_share:g}"
     rows = [
-        ("GPU", "", f"{plan.gpu.total_gib:.2f}", "", _gpu_note(plan)),
-        ("x utilization", "", f"{plan.budget_gib:.2f}", "", f"{utilization}: what vLLM may take"),
-        ("- weights", "", f"{plan.weights_gib:.2f}", "", _weights_note(plan)),
+        _exact("GPU", plan.gpu.total_gib, _gpu_note(plan)),
+        _exact("x utilization", plan.budget_gib, f"{utilization}: what vLLM may take"),
+        _exact("- weights", plan.weights_gib, _weights_note(plan)),
         _range("- peak activation", plan.activation, _activation_note(plan)),
         _range("- non-torch", plan.non_torch, "NCCL, CUDA context"),
     ]
@@ -57,19 +72,23 @@ def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
     return rows
 
 
-def _range(name: str, values: Range, note: str) -> tuple[str, str, str, str, str]:
+def _range(name: str, values: GibRange, note: str) -> _Line:
     if values.low == values.high:
-        return name, "", f"{values.expected:.2f}", "", note
-    return name, f"{values.low:.2f}", f"{values.expected:.2f}", f"{values.high:.2f}", note
+        return _exact(name, values.expected, note)
+    return _Line(name, f"{values.low:.2f}", f"{values.expected:.2f}", f"{values.high:.2f}", note)
 
 
-def _gpu_note(plan: Plan) -> str:
+def _exact(name: str, gib: float, note: str) -> _Line:
+    return _Line(name, "", f"{gib:.2f}", "", note)
+
+
+def _gpu_note(plan: VllmPlan) -> str:
     if plan.gpu.source:
         return "what CUDA reports"
     return "about; pass what yours reports with --gpu-memory"
 
 
-def _weights_note(plan: Plan) -> str:
+def _weights_note(plan: VllmPlan) -> str:
     weights = plan.weights
     parts = [
         (f"{weights.files / GIB:.2f} in the files", weights.files),
@@ -83,14 +102,14 @@ def _weights_note(plan: Plan) -> str:
     return f"exact: {text}" + (f" - {offloaded:.2f} in RAM" if offloaded > 0 else "")
 
 
-def _activation_note(plan: Plan) -> str:
+def _activation_note(plan: VllmPlan) -> str:
     if plan.settings.activation_gib is not None:
         return "given with --activation"
     step = plan.settings.step(plan.gpu)
     return f"estimate: {step.tokens:,} tokens at once, {step.sequences:,} sequences sampled"
 
 
-def _kv_note(plan: Plan) -> str:
+def _kv_note(plan: VllmPlan) -> str:
     dtype = "FP8" if plan.settings.kv_dtype.startswith("fp8") else "16 bits"
     text = f"{plan.kv_bytes_per_token:,} bytes per token ({dtype})"
     if plan.state_bytes:
@@ -101,7 +120,7 @@ def _kv_note(plan: Plan) -> str:
     return text
 
 
-def _caution(plan: Plan) -> list[str]:
+def _caution(plan: VllmPlan) -> list[str]:
     if plan.is_certain:
         return []
     names = {
@@ -117,7 +136,7 @@ def _caution(plan: Plan) -> list[str]:
     ]
 
 
-def _advice(plan: Plan, advice: Advice) -> list[str]:
+def _advice(plan: VllmPlan, advice: Advice) -> list[str]:
     lines = []
     if plan.longest:
         lines.append(f"longest sequence: {plan.longest:,} tokens")

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from evalq.vllm_memory.activation import GIB, Range
-from evalq.vllm_memory.gpus import Gpu
+from evalq.vllm_memory.activation import GIB, GibRange
+from evalq.vllm_memory.gpus import PlannedGpu
 from evalq.vllm_memory.plan_settings import PlanSettings
 from evalq.vllm_memory.pool import KvPool
 from evalq.vllm_memory.weights import RankWeights
@@ -23,7 +23,7 @@ _CATEGORIES: dict[Status, str | None] = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class VllmPlan:
     """What vLLM would do with a model. Memory is GiB per GPU.
 
     Args:
@@ -47,15 +47,15 @@ class Plan:
     """
 
     model: str
-    gpu: Gpu
+    gpu: PlannedGpu
     settings: PlanSettings
     max_len: int
     weights: RankWeights
     weights_gib: float
-    activation: Range
-    non_torch: Range
-    graphs: Range
-    kv_gib: Range
+    activation: GibRange
+    non_torch: GibRange
+    graphs: GibRange
+    kv_gib: GibRange
     kv_bytes_per_token: int
     state_bytes: int
     pool: KvPool

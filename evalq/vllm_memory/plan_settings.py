@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from evalq.checkpoint.shape import ModelShape
 from evalq.errors import SpecError
-from evalq.vllm_memory.activation import Step, Version
-from evalq.vllm_memory.gpus import Gpu
+from evalq.vllm_memory.activation import EngineStep, Version
+from evalq.vllm_memory.gpus import PlannedGpu
 
 DEFAULT_VERSION: Version = (0, 26)
 # 0.9 in every version up to 0.29, 0.92 in 0.32 and 0.33 (vLLM `CacheConfig.gpu_memory_utilization`).
@@ -64,10 +64,10 @@ class PlanSettings:
         """The slot an adapter takes: its rank, rounded up to one that vLLM knows."""
         return next((rank for rank in LORA_RANKS if rank >= self.lora_rank), 0) if self.lora_rank else 0
 
-    def step(self, gpu: Gpu) -> Step:
+    def step(self, gpu: PlannedGpu) -> EngineStep:
         """One step's tokens and sequences; vLLM's defaults depend on the GPU (`get_batch_defaults`)."""
         tokens, sequences = (16384, 1024) if gpu.has_large_defaults else (8192, 256)
-        return Step(self.max_num_batched_tokens or tokens, self.max_num_seqs or sequences)
+        return EngineStep(self.max_num_batched_tokens or tokens, self.max_num_seqs or sequences)
 
 
 def check(shape: ModelShape, settings: PlanSettings) -> None:

@@ -6,13 +6,24 @@ from dataclasses import replace
 
 from evalq.results.record import ResultRecord
 from evalq.vllm_memory import figures
-from evalq.vllm_memory.failure import READY, find_failure
-from evalq.vllm_memory.log import ARGUMENTS, INIT, LogLine, read_lines, split_runs, values
+from evalq.vllm_memory.engine_run import (
+    DeviceMemory,
+    EngineRun,
+    KvCache,
+    MemoryBreakdown,
+    RunFailure,
+    StartedEngine,
+    StartSeconds,
+)
+from evalq.vllm_memory.log import ARGUMENTS, INIT, NUMBER, LogLine, number, read_lines, split_runs, values
 from evalq.vllm_memory.recommend import recommendations
-from evalq.vllm_memory.run import Breakdown, Cache, Device, Engine, Failure, Run, Seconds
+from evalq.vllm_memory.run_failure import READY, find_failure
+
+_MODEL_LEN = re.compile(r"Using max model len (\d+)")
+_INTEGER = re.compile(r"[0-9]{1,15}")
 
 
-def read_logs(names: Sequence[str]) -> list[Run]:
+def read_logs(names: Sequence[str]) -> list[EngineRun]:
     """Every run of every log, in order; "-" is standard input.
 
     Raises:
@@ -25,16 +36,17 @@ def read_logs(names: Sequence[str]) -> list[Run]:
     return runs
 
 
-def _run(lines: Sequence[LogLine], source: str) -> Run:
+def _run(lines: Sequence[LogLine], source: str) -> EngineRun:
     engine, kind = _engine(lines)
     by_process = figures.collect(lines)
     total = figures.over_processes(by_process)
-    if "utilization" not in total and (share := _argument(_arguments(lines), "gpu_memory_utilization")):
-        total["utilization"] = float(share)
+    share = _argument(_arguments(lines), "gpu_memory_utilization")
+    if "utilization" not in total and share and re.fullmatch(NUMBER, share):
+        total["utilization"] = number(share)
     memory = _over_ranks(by_process, total)
     failure = find_failure(lines, memory.kv_cache_gib)
     ready = any(READY.search(line.message) for line in lines)
-    run = Run(
+    run = EngineRun(
         "failed" if failure else "success" if ready else "incomplete",
         engine,
         memory,
@@ -49,7 +61,7 @@ def _run(lines: Sequence[LogLine], source: str) -> Run:
     return replace(run, recommendations=recommendations(run))
 
 
-def _over_ranks(by_process: figures.ByProcess, total: figures.Figures) -> Breakdown:
+def _over_ranks(by_process: figures.ByProcess, total: figures.Figures) -> MemoryBreakdown:
     """The most of every rank; a difference of two figures is taken within a rank."""
     parts = [figures.breakdown(one) for one in by_process.values()]
     non_torch = [part.non_torch_gib for part in parts if part.non_torch_gib is not None]
@@ -61,16 +73,16 @@ def _over_ranks(by_process: figures.ByProcess, total: figures.Figures) -> Breakd
     )
 
 
-def _engine(lines: Sequence[LogLine]) -> tuple[Engine, str | None]:
+def _engine(lines: Sequence[LogLine]) -> tuple[StartedEngine, str | None]:
     """What was started, and on which kind of device."""
     given = _arguments(lines)
     found = next(values(lines, INIT), None)
     config = "" if found is None else found[0].message[found[1].end() :]
     length = _argument(config, "max_seq_len") or _argument(given, "max_model_len")
-    if length is None and (used := next(values(lines, re.compile(r"Using max model len (\d+)")), None)):
+    if length is None and (used := next(values(lines, _MODEL_LEN), None)):
         length = used[1][1]
     dtype = _argument(config, "dtype") or _argument(given, "dtype")
-    engine = Engine(
+    engine = StartedEngine(
         _argument(config, "model") or _argument(given, "model", "model_tag") or "unknown model",
         version=found[1]["version"] if found else None,
         generation=found[1]["generation"] if found else None,
@@ -100,17 +112,17 @@ def _argument(text: str, *names: str) -> str | None:
 
 
 def _integer(text: str | None) -> int | None:
-    return int(text) if text and text.isdecimal() else None
+    return int(text) if text and _INTEGER.fullmatch(text) else None
 
 
-def runs_from_records(records: Sequence[ResultRecord]) -> list[Run]:
+def runs_from_records(records: Sequence[ResultRecord]) -> list[EngineRun]:
     """The runs behind a comparison: of the models that failed, or whose engine said where its memory went."""
     return [_recorded(record) for record in records if record.error or record.execution.get("memory")]
 
 
-def _breakdown(memory: Mapping[str, float]) -> Breakdown:
+def _breakdown(memory: Mapping[str, float]) -> MemoryBreakdown:
     names = ("weights_gib", "peak_activation_gib", "non_torch_gib", "cuda_graphs_gib", "kv_cache_gib")
-    return Breakdown(*(memory.get(name) for name in names))
+    return MemoryBreakdown(*(memory.get(name) for name in names))
 
 
 def _vllm_version(record: ResultRecord) -> str | None:
@@ -119,14 +131,14 @@ def _vllm_version(record: ResultRecord) -> str | None:
     return version if name.startswith("vllm") else None
 
 
-def _recorded(record: ResultRecord) -> Run:
+def _recorded(record: ResultRecord) -> EngineRun:
     memory = record.execution.get("memory") or {}
     options = record.execution.get("options") or {}
     tokens = memory.get("kv_cache_tokens")
     error, predicted = record.error, record.execution.get("predicted")
-    run = Run(
+    run = EngineRun(
         "failed" if error else "success",
-        Engine(
+        StartedEngine(
             record.label,
             version=_vllm_version(record),
             max_model_len=options.get("max_model_len"),
@@ -134,14 +146,14 @@ def _recorded(record: ResultRecord) -> Run:
             eager=bool(options.get("enforce_eager")),
         ),
         _breakdown(memory),
-        Device(
+        DeviceMemory(
             total_gib=memory.get("device_total_gib"),
             utilization=options.get("gpu_memory_utilization"),
             requested_gib=memory.get("requested_gib"),
         ),
-        Cache(tokens=None if tokens is None else int(tokens)),
-        Seconds(load=record.load_seconds),
-        Failure(error.category, error.message) if error else None,
+        KvCache(tokens=None if tokens is None else int(tokens)),
+        StartSeconds(load=record.load_seconds),
+        RunFailure(error.category, error.message) if error else None,
         predicted=_breakdown(predicted["memory"]) if predicted else None,
     )
     return replace(run, recommendations=(error.remedy,) if error else recommendations(run))

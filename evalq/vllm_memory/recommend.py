@@ -15,7 +15,7 @@ import math
 import re
 
 from evalq.failures import CATEGORIES
-from evalq.vllm_memory.run import Run
+from evalq.vllm_memory.engine_run import EngineRun
 
 GIB = 2**30
 BUFFER_BYTES = 150 * 2**20
@@ -29,7 +29,7 @@ def kv_cache_memory_bytes(kv_cache_gib: float, cudagraph_gib: float) -> int:
     return int((kv_cache_gib - cudagraph_gib) * GIB) - BUFFER_BYTES
 
 
-def recommendations(run: Run) -> tuple[str, ...]:
+def recommendations(run: EngineRun) -> tuple[str, ...]:
     """One sentence each, the most specific first."""
     if run.failure is None:
         return _for_success(run)
@@ -45,7 +45,7 @@ def recommendations(run: Run) -> tuple[str, ...]:
     return (*specific(run), *general) if specific else general
 
 
-def _for_success(run: Run) -> tuple[str, ...]:
+def _for_success(run: EngineRun) -> tuple[str, ...]:
     if run.cache.requested_bytes is not None and run.cache.whole_gpu_bytes is not None:
         return (
             _sentence(run.cache.requested_bytes, "fits into the requested memory", "", run),
@@ -60,7 +60,7 @@ def _for_success(run: Run) -> tuple[str, ...]:
     return (_sentence(value, "fits into the requested memory", about, run),)
 
 
-def _sentence(value: int, what: str, about: str, run: Run) -> str:
+def _sentence(value: int, what: str, about: str, run: EngineRun) -> str:
     """The option that vLLM's own message names, where there is something to reserve."""
     if value <= 0:
         return f"nothing is left to reserve that {what}"
@@ -74,7 +74,7 @@ def _has_option(version: str | None) -> bool:
     return not numbers or numbers >= _FIRST_WITH_OPTION
 
 
-def _for_oom_load(run: Run) -> tuple[str, ...]:
+def _for_oom_load(run: EngineRun) -> tuple[str, ...]:
     total = f" --gpu-memory {run.device.total_gib:g}" if run.device.total_gib else ""
     if run.memory.weights_gib is None:
         return (f"evalq plan {run.engine.model}{total} says what it needs and which split fits",)
@@ -84,7 +84,7 @@ def _for_oom_load(run: Run) -> tuple[str, ...]:
     )
 
 
-def _for_oom_forward(run: Run) -> tuple[str, ...]:
+def _for_oom_forward(run: EngineRun) -> tuple[str, ...]:
     share = f" (now {run.device.utilization:g})" if run.device.utilization else ""
     return (
         "lower max_num_batched_tokens, max_num_seqs or max_logprobs; a lower gpu_memory_utilization"
@@ -92,7 +92,7 @@ def _for_oom_forward(run: Run) -> tuple[str, ...]:
     )
 
 
-def _for_no_kv_memory(run: Run) -> tuple[str, ...]:
+def _for_no_kv_memory(run: EngineRun) -> tuple[str, ...]:
     device, kv_cache = run.device, run.memory.kv_cache_gib
     if not (device.total_gib and device.requested_gib and kv_cache is not None and kv_cache <= 0):
         return ()
@@ -105,7 +105,7 @@ def _for_no_kv_memory(run: Run) -> tuple[str, ...]:
     return (f"{missing}: gpu_memory_utilization must be above {least:.3f}; {most:.3f} is all that was free",)
 
 
-def _for_max_len(run: Run) -> tuple[str, ...]:
+def _for_max_len(run: EngineRun) -> tuple[str, ...]:
     failure, length = run.failure, run.engine.max_model_len
     assert failure is not None
     if failure.longest:
@@ -117,7 +117,7 @@ def _for_max_len(run: Run) -> tuple[str, ...]:
     return (f"max_model_len={longest} fits, from {failure.available_gib:g} of {failure.needed_gib:g} GiB",)
 
 
-def _for_busy(run: Run) -> tuple[str, ...]:
+def _for_busy(run: EngineRun) -> tuple[str, ...]:
     device = run.device
     if not (device.free_gib and device.total_gib):
         return ()

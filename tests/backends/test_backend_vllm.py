@@ -282,7 +282,7 @@ KERNELS = "Failed to find a kernel that can implement the WNA16 linear layer. Re
 ABOVE = "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
 LOG = """(EngineCore pid=1) ERROR 11-21 [core.py:1] Traceback (most recent call last):
 (EngineCore pid=1) ERROR [core.py:1] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 3.50 GiB.
-RuntimeError: Engine core initialization failed. See root cause above."""
+RuntimeError: StartedEngine core initialization failed. See root cause above."""
 
 
 @pytest.mark.parametrize(

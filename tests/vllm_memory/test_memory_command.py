@@ -15,9 +15,9 @@ from rich.console import Console
 from evalq.cli import memory as command
 from evalq.errors import SpecError
 from evalq.results.record import Failure, ResultRecord
-from evalq.vllm_memory.output import markdown, print_runs
+from evalq.vllm_memory.engine_run import MemoryBreakdown
 from evalq.vllm_memory.reader import read_logs, runs_from_records
-from evalq.vllm_memory.run import Breakdown
+from evalq.vllm_memory.run_output import as_csv, as_json, markdown, print_runs
 
 LOGS = Path(__file__).parent / "logs"
 H100 = str(LOGS / "written-0.18-h100.log")
@@ -76,7 +76,7 @@ def test_markdown_escapes_what_would_break_the_table(tmp_path: Path) -> None:
     path = tmp_path / "odd.log"
     path.write_text(Path(H200).read_text().replace("/models/pad", "a|b[red]c"))
     runs = read_logs([str(path)])
-    assert "| a\\|b[red]c |" in markdown(runs)
+    assert "| a\\|b\\[red\\]c |" in markdown(runs)
     console = Console(width=130, record=True, file=io.StringIO())
     print_runs(runs, console)
     assert "a|b[red]c" in console.export_text()
@@ -86,7 +86,7 @@ def test_text_shows_summary_details_and_failures_last(capsys: pytest.CaptureFixt
     assert memory(H100) == 1
     text = capsys.readouterr().out
     for expected in (
-        "13.47  7.38       0.13    0.39  50.28",
+        "13.47  7.38   0.13    0.39  50.28",
         "GPU of 79.18 GiB, 78.57 free at the start; requested 0.9 = 71.26",
         "weights 33.88, peak activation 4.84, non-torch 0.55, KV cache 32.00, CUDA graphs -0.42",
         "Worker_TP1 pid=951: weights 33.88",
@@ -99,15 +99,52 @@ def test_text_shows_summary_details_and_failures_last(capsys: pytest.CaptureFixt
     assert text.index("oom_load: out of memory") > text.index("Qwen/Qwen3-0.6B  ")
 
 
-@pytest.mark.parametrize("width", [80, 100, 130, 200])
+def on_terminal(width: int, *names: str) -> str:
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    print_runs(read_logs(names), console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 130, 200])
 def test_every_name_and_figure_is_whole_in_any_width(width: int) -> None:
-    console = Console(width=width, record=True, file=io.StringIO())
-    print_runs(read_logs([H100, H200]), console)
-    text = console.export_text()
-    assert "…" not in text.split("openai/gpt-oss-20b  ")[0] and "2,414,128" in text
-    assert all(
-        part in text for part in ("13.47", "-1.44", "0.55", "failed" if width < 110 else "no_kv_memory")
-    )
+    text = on_terminal(width, H100, H200)
+    table = text.partition("\n\n")[0].splitlines()
+    assert max(map(len, table[:-1])) <= width, "only the line about what was left out may be longer"
+    assert "…" not in "".join(table)
+    names = ("RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic", "openai/gpt-oss-20b", "Qwen/Qwen3-0.6B")
+    for whole in (*names, "no_kv_memory", "13.47", "50.28", "-1.44"):
+        assert any(whole in line.split() for line in table), whole
+    if width == 60:
+        assert table[-1].startswith("no room for: TP, max len, load s, KV tokens")
+    assert "KV cache of 2,414,128 tokens" in text and "tensor parallel 2" in text
+
+
+def test_a_pipe_gets_every_column(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert memory(H100) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if "RedHatAI" in line)
+    assert line.split()[1:] == "success 33.88 4.84 0.55 -0.42 32.00 2 16,000 116.61 209,712".split()
+
+
+def test_escapes_of_a_terminal_are_shown_and_not_obeyed(tmp_path: Path) -> None:
+    path = tmp_path / "odd.log"
+    hostile = "a\x1b]0;title\x07b\u202ec"
+    text = Path(H100).read_text().replace("openai/gpt-oss-20b", hostile)
+    path.write_text(text.replace("OutOfMemoryError: ", "OutOfMemoryError: \x1b]0;title\x07"))
+    runs = read_logs([str(path)])
+    for shown in (on_terminal(80, str(path)), markdown(runs), as_csv(runs), as_json(runs)):
+        assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+        assert "0;title" in shown
+    assert json.loads(as_json(runs))[1]["model"] == hostile
+
+
+def test_a_cell_of_csv_is_no_formula(tmp_path: Path) -> None:
+    path = tmp_path / "odd.log"
+    path.write_text(Path(H200).read_text().replace("/models/pad", "=HYPERLINK(1)"))
+    (row,) = csv.DictReader(io.StringIO(as_csv(read_logs([str(path)]))))
+    assert row["model"] == "'=HYPERLINK(1)"
 
 
 def test_standard_input_and_several_logs() -> None:
@@ -174,7 +211,7 @@ def test_runs_from_records() -> None:
     )
     assert [run.engine.model for run in found] == ["vLLM BF16", "vLLM 70B"]
     worked, failed = found
-    assert worked.memory == Breakdown(0.36, 0.24, 0.22, 0.0, 69.07) and worked.cache.tokens == 2_414_128
+    assert worked.memory == MemoryBreakdown(0.36, 0.24, 0.22, 0.0, 69.07) and worked.cache.tokens == 2_414_128
     assert (worked.device.total_gib, worked.engine.max_model_len, worked.seconds.load) == (139.8, 2064, 28.45)
     assert "--kv-cache-memory=" in worked.recommendations[0]
     assert failed.category == "no_kv_memory" and failed.recommendations == ("use more GPUs",)

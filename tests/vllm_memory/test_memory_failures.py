@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 
 from evalq.failures import CATEGORIES
+from evalq.vllm_memory.engine_run import EngineRun
 from evalq.vllm_memory.reader import read_logs
-from evalq.vllm_memory.run import Run
 
 LOGS = Path(__file__).parent / "logs"
 START = "INFO 11-21 02:38:56 [core.py:116] Initializing a V1 LLM engine (v0.26.0) with config: model='m', max_seq_len=512\n"
 READY = "INFO 11-21 02:39:00 [core.py:347] init engine (profile, create kv cache, warmup model) took 1.97 s\n"
 
 
-def runs(name: str) -> list[Run]:
+def runs(name: str) -> list[EngineRun]:
     return read_logs([str(LOGS / f"{name}.log")])
 
 
-def from_text(tmp_path: Path, text: str) -> Run:
+def from_text(tmp_path: Path, text: str) -> EngineRun:
     path = tmp_path / "some.log"
     path.write_text(START + text)
     (only,) = read_logs([str(path)])

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from evalq.vllm_memory.engine_run import EngineRun
 from evalq.vllm_memory.reader import read_logs
-from evalq.vllm_memory.run import Run
 
 LOGS = Path(__file__).parent / "logs"
 
 
-def one(name: str) -> Run:
+def one(name: str) -> EngineRun:
     (found,) = read_logs([str(LOGS / f"real-0.26-h200-{name}.log")])
     return found
 

@@ -8,8 +8,8 @@ from conftest import Runs
 from rich.console import Console
 
 from evalq.results.record import Failure, ResultRecord
-from evalq.vllm_memory.output import print_runs
 from evalq.vllm_memory.reader import runs_from_records
+from evalq.vllm_memory.run_output import print_runs
 
 MEMORY = {
     "weights_gib": 14.99,

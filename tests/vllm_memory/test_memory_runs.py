@@ -7,41 +7,41 @@ from pathlib import Path
 import pytest
 
 from evalq.errors import SpecError
+from evalq.vllm_memory.engine_run import EngineRun, MemoryBreakdown
 from evalq.vllm_memory.log import parse_line
 from evalq.vllm_memory.reader import read_logs
-from evalq.vllm_memory.run import Breakdown, Run
 
 LOGS = Path(__file__).parent / "logs"
 
 
-def runs(name: str) -> list[Run]:
+def runs(name: str) -> list[EngineRun]:
     return read_logs([str(LOGS / f"{name}.log")])
 
 
-def run(name: str) -> Run:
+def run(name: str) -> EngineRun:
     (only,) = runs(name)
     return only
 
 
 H100 = [
-    ("deepseek-ai/DeepSeek-R1", "oom_load", Breakdown(), 1, None),
-    ("openai/gpt-oss-20b", None, Breakdown(13.47, 7.38, 0.13, 0.39, 50.28), 1, 31.68),
+    ("deepseek-ai/DeepSeek-R1", "oom_load", MemoryBreakdown(), 1, None),
+    ("openai/gpt-oss-20b", None, MemoryBreakdown(13.47, 7.38, 0.13, 0.39, 50.28), 1, 31.68),
     (
         "RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic",
         None,
-        Breakdown(33.88, 4.84, 0.55, -0.42, 32.0),
+        MemoryBreakdown(33.88, 4.84, 0.55, -0.42, 32.0),
         2,
         116.61,
     ),
     (
         "RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic",
         "no_kv_memory",
-        Breakdown(67.72, 4.84, 0.14, 0.6, -1.44),
+        MemoryBreakdown(67.72, 4.84, 0.14, 0.6, -1.44),
         1,
         45.09,
     ),
-    ("meta-llama/Llama-3.1-8B-Instruct", None, Breakdown(14.99, 4.76, 0.13, -0.45, 51.38), 1, 31.46),
-    ("Qwen/Qwen3-0.6B", None, Breakdown(1.12, 5.56, 0.13, 0.1, 64.45), 1, 16.54),
+    ("meta-llama/Llama-3.1-8B-Instruct", None, MemoryBreakdown(14.99, 4.76, 0.13, -0.45, 51.38), 1, 31.46),
+    ("Qwen/Qwen3-0.6B", None, MemoryBreakdown(1.12, 5.56, 0.13, 0.1, 64.45), 1, 16.54),
 ]
 
 
@@ -60,11 +60,11 @@ def test_every_row_of_the_h100_table() -> None:
 @pytest.mark.parametrize(
     ("name", "memory", "tokens"),
     [
-        ("real-0.26-h200-bf16", Breakdown(0.36, 0.24, 0.22, 0.0, 69.07), 2_414_128),
-        ("real-0.26-h200-int4", Breakdown(0.15, 0.21, 0.22, 0.0, 69.32), 2_422_864),
+        ("real-0.26-h200-bf16", MemoryBreakdown(0.36, 0.24, 0.22, 0.0, 69.07), 2_414_128),
+        ("real-0.26-h200-int4", MemoryBreakdown(0.15, 0.21, 0.22, 0.0, 69.32), 2_422_864),
     ],
 )
-def test_h200(name: str, memory: Breakdown, tokens: int) -> None:
+def test_h200(name: str, memory: MemoryBreakdown, tokens: int) -> None:
     found = run(name)
     assert (found.status, found.memory, found.cache.tokens) == ("success", memory, tokens)
     assert (found.device.total_gib, found.device.free_gib, found.device.utilization) == (139.8, 139.29, 0.5)
@@ -98,7 +98,7 @@ def test_interleaved_ranks_of_a_real_run() -> None:
 
 def test_ranks_with_colours_give_the_most_and_for_the_cache_the_least() -> None:
     found = run("written-0.9.2-tp2-colours")
-    assert found.memory == Breakdown(13.9281, None, None, 1.31, 19.41)
+    assert found.memory == MemoryBreakdown(13.9281, None, None, 1.31, 19.41)
     assert (found.seconds.load, found.cache.tokens, found.cache.sequences) == (7.014522, 211_984, 51.75)
     assert [(r.process, r.memory.kv_cache_gib) for r in found.ranks] == [
         ("VllmWorker rank=0 pid=300", 19.62),
@@ -109,7 +109,7 @@ def test_ranks_with_colours_give_the_most_and_for_the_cache_the_least() -> None:
 def test_v0_counts_blocks() -> None:
     found = run("written-0.8.5-v0-a100-lora")
     assert found.engine.generation == "V0" and found.cache.tokens == 1_013_184
-    assert found.memory == Breakdown(0.2415, 0.46, 0.05, 0.16, 34.79)
+    assert found.memory == MemoryBreakdown(0.2415, 0.46, 0.05, 0.16, 34.79)
     assert (found.seconds.load, found.seconds.compile, found.seconds.graph_capture) == (3.8, 9.34, 14)
     assert (found.device.total_gib, found.device.requested_gib) == (39.49, 35.54)
 
@@ -122,7 +122,7 @@ def test_gb_of_early_versions_are_gib() -> None:
 
 def test_consumed_memory_is_split_and_the_graphs_are_not_counted_twice() -> None:
     found = run("written-0.29-consumed")
-    assert found.memory == Breakdown(15.27, 2.31, 0.32, 0.47, 54.43)
+    assert found.memory == MemoryBreakdown(15.27, 2.31, 0.32, 0.47, 54.43)
     # What was requested is shared out among weights, non-torch, activation, cache and the graphs' estimate.
     assert 15.27 + 0.32 + 2.31 + 54.43 + 0.52 == pytest.approx(found.device.requested_gib, abs=0.01)
 

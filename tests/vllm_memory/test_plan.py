@@ -8,7 +8,7 @@ from plan_benchmark import measured
 
 from evalq.checkpoint.shape import ModelShape
 from evalq.vllm_memory.activation import GIB
-from evalq.vllm_memory.gpus import Gpu, gpu_named
+from evalq.vllm_memory.gpus import PlannedGpu, gpu_named
 from evalq.vllm_memory.plan import PlanSettings, plan
 from evalq.vllm_memory.plan_advice import advise
 
@@ -177,7 +177,7 @@ def test_a_close_call_says_so():
 def test_everything_is_json(tmp_path):
     import json
 
-    planned = plan(shape("gpt-oss-20b"), Gpu("mine", 24.0), PlanSettings(tp=2))
+    planned = plan(shape("gpt-oss-20b"), PlannedGpu("mine", 24.0), PlanSettings(tp=2))
     read = json.loads(json.dumps(planned.as_dict()))
     assert read["settings"]["tp"] == 2
     assert read["status"] == planned.status

@@ -5,7 +5,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from plan_benchmark import measured
@@ -14,7 +13,6 @@ from evalq.checkpoint.shape import read_shape
 from evalq.cli import plan as plan_command
 from evalq.errors import EvalqError, ModelError, SpecError
 from evalq.vllm_memory.gpus import GPUS, gpu_named
-from evalq.vllm_memory.plan_transformers import free_ram_gib, plan_transformers
 
 
 def run(*arguments: str) -> int:
@@ -162,23 +160,6 @@ def test_help_does_not_import_the_planner():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_transformers_runs_dequantized(smollm2: Callable[[str], Path]):
-    plans: dict[str, Any] = {
-        name: plan_transformers(read_shape(str(smollm2(name))), 4.0, batch_tokens=2048)
-        for name in ("bf16", "int4")
-    }
-    assert plans["int4"].weights_gib == pytest.approx(plans["bf16"].weights_gib, rel=0.01)
-    wide = plan_transformers(read_shape(str(smollm2("bf16"))), 4.0, 2048, dtype="float32")
-    assert wide.weights_gib == pytest.approx(2 * plans["bf16"].weights_gib, rel=1e-6)
-    assert plans["bf16"].fits and plans["bf16"].category is None
-    small = plan_transformers(read_shape(str(smollm2("bf16"))), 0.5, batch_tokens=2048)
-    assert not small.fits
-    assert small.category == "oom_load"
-    assert small.verdict.startswith("does not load: 0.25 GiB of weights and ")
-    assert small.as_dict()["fits"] is False
-    assert 0 < free_ram_gib() < 100_000
 
 
 def test_the_original_stays_as_it_was(llama, tmp_path):

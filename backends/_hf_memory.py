@@ -1,11 +1,10 @@
-"""Will a model fit with the transformers backend: weights, one batch of hidden states, one chunk of logits.
+"""What transformers takes of a model: weights, one batch of hidden states, one chunk of logits.
 
 The backend runs whole windows without a KV cache, the head on scored rows in chunks. compressed-tensors
 checkpoints are dequantized as they load; other formats stay packed.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from evalq.checkpoint.shape import ModelShape
 from evalq.vllm_memory.activation import GIB
@@ -50,10 +49,6 @@ class TransformersPlan:
             f"{self.working_gib:.2f} of hidden states and logits, {self.available_gib:.2f} GiB free"
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self) | {"fits": self.fits, "category": self.category, "verdict": self.verdict}
-
 
 def plan_transformers(
     shape: ModelShape,
@@ -66,7 +61,7 @@ def plan_transformers(
 
     Args:
         shape: of the model.
-        available_gib: free memory of the GPU, or `free_ram_gib()`.
+        available_gib: free memory of the GPU, or free RAM.
         batch_tokens: windows of a batch x their length.
         dtype: the backend's option; auto is the checkpoint's.
         head_chunk_mib: the backend's option.
@@ -82,10 +77,3 @@ def plan_transformers(
     # Logits, their float32 copy and the exponentials are chunks of equal size.
     working = batch_tokens * widest * element_bytes + 3 * head_chunk_mib * 2**20
     return TransformersPlan(shape.name, available_gib, in_bytes / GIB, working / GIB + RUNTIME_GIB)
-
-
-def free_ram_gib() -> float:
-    """RAM that a new process can have without swapping."""
-    import psutil
-
-    return float(psutil.virtual_memory().available) / GIB

@@ -13,24 +13,36 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 
 from evalq.failures import classify, from_exit
-from evalq.vllm_memory.log import LogLine
-from evalq.vllm_memory.run import Failure
+from evalq.vllm_memory.engine_run import RunFailure
+from evalq.vllm_memory.log import NUMBER, LogLine, number
 
 READY = re.compile(r"init engine \(profile, create kv cache, warmup model\) took")
 
-_EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)(?:: |$)|^Failed to load model - ")
+# Which line an exception begins with; module and class of one are never longer than this.
+_EXCEPTION = re.compile(r"^[\w.]{0,200}(?:Error|Exception)(?:: |$)|^Failed to load model - ")
 _REPORTS_ANOTHER = re.compile(
     r"[Ss]ee (?:root cause above|stack trace)|Engine process failed to start|EngineDeadError|worker died"
     r"|died unexpectedly|Executor failed|cancelled|^BrokenPipeError|^ConnectionResetError|^EOFError"
 )
 _SILENT = "No line above says why: a process was killed, or the log lacks its lines."
 _ENGINE_DIED = re.compile(r"encountered a fatal error|EngineDeadError|background loop has errored")
-_EXIT = re.compile(
-    r"(?:died|Failed core proc).*?-(?P<code>6|7|8|9|11|15)\b"
-    r"|(?:^|\d )(?P<killed>Killed)\b|(?P<crash>Segmentation fault)"
-)
+_DIED = re.compile(r"died|Failed core proc")
+_SIGNAL = re.compile(r"-(6|7|8|9|11|15)\b")
+_KILLED = re.compile(r"(?:^|\d )Killed\b")
 _NEXT = re.compile(r"^(?:Traceback |During handling |The above exception |Process )")
-_SIZE = r"([\d.]+) (bytes|KiB|MiB|GiB)"
+_SIZE = rf"({NUMBER}) (bytes|KiB|MiB|GiB)"
+_TRIED = re.compile(rf"Tried to allocate {_SIZE}")
+_FREE = re.compile(rf"of which {_SIZE} is free")
+_IN_USE = re.compile(rf"\bhas {_SIZE} memory in use")
+_PYTORCH = re.compile(rf"Of the allocated memory {_SIZE} is allocated by PyTorch")
+_KV_CACHE = re.compile(
+    rf"\(({NUMBER}) GiB KV cache is needed, "
+    rf"which is larger than the available KV cache memory \(({NUMBER}) GiB"
+)
+_LONGEST = re.compile(
+    r"the estimated maximum model length is (\d{1,15})\b"
+    r"|maximum number of tokens that can be stored in KV cache \((\d{1,15})\)"  # V0
+)
 _GIB = {"bytes": 2**-30, "KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0}
 
 
@@ -46,11 +58,14 @@ class _Raised:
         """Its own words in one line; pydantic puts them below its count of errors."""
         first, *more = self.text.split("\n")
         if "validation error for" in first and more:
-            first = re.sub(r" \[type=.*", "", more[0].strip()).replace("Value error, ", "ValueError: ", 1)
-        return re.sub(r"^Failed to load model .*\(original error: (.*)\)$", r"\1", first)
+            first = more[0].strip().partition(" [type=")[0].replace("Value error, ", "ValueError: ", 1)
+        _, mark, original = first.rpartition("(original error: ")
+        if mark and first.startswith("Failed to load model ") and original.endswith(")"):
+            return original.removesuffix(")")
+        return first
 
 
-def find_failure(lines: Sequence[LogLine], kv_cache_gib: float | None) -> Failure | None:
+def find_failure(lines: Sequence[LogLine], kv_cache_gib: float | None) -> RunFailure | None:
     """The failure of one run, None where it has none.
 
     Args:
@@ -70,13 +85,13 @@ def find_failure(lines: Sequence[LogLine], kv_cache_gib: float | None) -> Failur
     if causes:
         return _failure(causes[0], "load")
     if kv_cache_gib is not None and kv_cache_gib <= 0:
-        return Failure("no_kv_memory", f"Available KV cache memory: {kv_cache_gib:g} GiB")
+        return RunFailure("no_kv_memory", f"Available KV cache memory: {kv_cache_gib:g} GiB")
     if raised:
-        return Failure("host_oom_or_killed", f"{raised[0].message} {_SILENT}", raised[0].line.number)
+        return RunFailure("host_oom_or_killed", f"{raised[0].message} {_SILENT}", raised[0].line.number)
     return None
 
 
-def _after_ready(lines: Sequence[LogLine]) -> Failure | None:
+def _after_ready(lines: Sequence[LogLine]) -> RunFailure | None:
     """Only what ends the engine: a server also logs requests that it refused."""
     raised = _raised(lines)
     out_of_memory = next((one for one in raised if classify(one.text, "forward") == "oom_forward"), None)
@@ -102,40 +117,44 @@ def _raised(lines: Sequence[LogLine]) -> list[_Raised]:
     return found
 
 
-def _ended_by_signal(lines: Sequence[LogLine], stage: str) -> Failure | None:
+def _ended_by_signal(lines: Sequence[LogLine], stage: str) -> RunFailure | None:
     """A process that ended without a word."""
     for line in lines:
-        match = _EXIT.search(line.message)
-        if match:
-            code = 9 if match["killed"] else 11 if match["crash"] else int(match["code"])
+        if code := _signal(line.message):
             error = from_exit(-code, stage, "")
-            return Failure(error.category, f"{error.message}: {line.message}", line.number)
+            return RunFailure(error.category, f"{error.message}: {line.message}", line.number)
     return None
 
 
-def _failure(raised: _Raised, stage: str) -> Failure:
+def _signal(message: str) -> int | None:
+    """The signal that a line says ended a process."""
+    # After the first of these words: a pattern that tried each of them would be quadratic.
+    died = _DIED.search(message)
+    if died and (code := _SIGNAL.search(message, died.end())):
+        return int(code[1])
+    if _KILLED.search(message):
+        return 9
+    return 11 if "Segmentation fault" in message else None
+
+
+def _failure(raised: _Raised, stage: str) -> RunFailure:
     text = raised.text
-    kv_cache = re.search(
-        r"\((\S+) GiB KV cache is needed, which is larger than the available KV cache memory \((\S+) GiB",
-        text,
-    )
-    longest = re.search(r"the estimated maximum model length is (\d+)", text)
-    if longest is None:  # V0
-        longest = re.search(r"maximum number of tokens that can be stored in KV cache \((\d+)\)", text)
-    return Failure(
+    kv_cache, longest = _KV_CACHE.search(text), _LONGEST.search(text)
+    return RunFailure(
         classify(text, stage),
         raised.message,
         raised.line.number,
-        tried_gib=_size(text, rf"Tried to allocate {_SIZE}"),
-        free_gib=_size(text, rf"of which {_SIZE} is free"),
-        in_use_gib=_size(text, rf".*\bhas {_SIZE} memory in use"),
-        pytorch_gib=_size(text, rf"Of the allocated memory {_SIZE} is allocated by PyTorch"),
-        needed_gib=float(kv_cache[1]) if kv_cache else None,
-        available_gib=float(kv_cache[2]) if kv_cache else None,
-        longest=int(longest[1]) if longest else None,
+        tried_gib=_last_size(text, _TRIED),
+        free_gib=_last_size(text, _FREE),
+        in_use_gib=_last_size(text, _IN_USE),
+        pytorch_gib=_last_size(text, _PYTORCH),
+        needed_gib=number(kv_cache[1]) if kv_cache else None,
+        available_gib=number(kv_cache[2]) if kv_cache else None,
+        longest=int(longest[1] or longest[2]) if longest else None,
     )
 
 
-def _size(text: str, pattern: str) -> float | None:
-    match = re.search(pattern, text)
-    return float(match[1]) * _GIB[match[2]] if match else None
+def _last_size(text: str, pattern: re.Pattern[str]) -> float | None:
+    """The last size that the pattern finds, GiB: the process's own memory stands after that of others."""
+    sizes = [number(found[1]) * _GIB[found[2]] for found in pattern.finditer(text)]
+    return sizes[-1] if sizes else None

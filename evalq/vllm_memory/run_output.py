@@ -2,80 +2,78 @@
 
 import csv
 import io
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import PurePosixPath
 from textwrap import shorten
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from evalq.failures import CATEGORIES
-from evalq.vllm_memory.run import Breakdown, Failure, Run
+from evalq.show.columns import MAJOR, MINOR, Column, markdown_table, print_columns
+from evalq.show.plain import csv_cell, json_text, markdown_cell, plain
+from evalq.vllm_memory.engine_run import EngineRun, MemoryBreakdown, RunFailure
 
-HEADER = (
-    "model",
-    "status",
-    "weights",
-    "peak act.",
-    "non-torch",
-    "graphs",
-    "KV cache",
-    "TP",
-    "max len",
-    "load s",
-    "KV tokens",
-)
-WIDE_COLUMNS = 110
-_SAID_BELOW = ("max len", "load s", "KV tokens")
 _COLOR = {"success": "green", "failed": "red", "incomplete": "yellow"}
+_MESSAGE_CHARACTERS = 240
 
 
-def print_runs(runs: Sequence[Run], console: Console) -> None:
+def _column(
+    header: str, value: Callable[[EngineRun], float | None], digits: int, priority: int = 0
+) -> Column[EngineRun]:
+    return Column(header, lambda run: _number(value(run), digits), priority, right=True)
+
+
+# Those above MAJOR stand in the details below the table too.
+COLUMNS: tuple[Column[EngineRun], ...] = (
+    Column("model", lambda run: short_name(run.engine.model)),
+    Column("status", lambda run: run.category or run.status, style=lambda run: _COLOR[run.status]),
+    _column("weights", lambda run: run.memory.weights_gib, 2),
+    _column("peak\nact.", lambda run: run.memory.peak_activation_gib, 2, MAJOR),
+    _column("non-\ntorch", lambda run: run.memory.non_torch_gib, 2, MAJOR),
+    _column("graphs", lambda run: run.memory.cudagraph_gib, 2, MAJOR),
+    _column("KV\ncache", lambda run: run.memory.kv_cache_gib, 2),
+    _column("TP", lambda run: run.engine.tensor_parallel, 0, MINOR + 1),
+    _column("max\nlen", lambda run: run.engine.max_model_len, 0, MINOR + 1),
+    _column("load\ns", lambda run: run.seconds.load, 2, MINOR + 1),
+    _column("KV\ntokens", lambda run: run.cache.tokens, 0, MINOR),
+)
+
+
+def print_runs(runs: Sequence[EngineRun], console: Console) -> None:
     """The summary, then what each run says more, then failures with what to do."""
-    console.print("GPU memory in GiB (2**30 bytes) per GPU", style="dim", highlight=False)
-    console.print(_summary(runs, console.width))
+    _say(console, "GPU memory in GiB (2**30 bytes) per GPU", "dim")
+    print_columns(runs, COLUMNS, console)
+    console.print()
     for run in (one for one in runs if one.failure is None):
         _print_details(run, console)
     for run in (one for one in runs if one.failure is not None):
         _print_details(run, console)
 
 
-def _summary(runs: Sequence[Run], width: int) -> Table:
-    """The table; a narrow terminal keeps the columns that stand nowhere else."""
-    left_out = _SAID_BELOW if width < WIDE_COLUMNS else ()
-    kept = [i for i, name in enumerate(HEADER) if name not in left_out]
-    table = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("model", overflow="fold", min_width=20)
-    for i in kept[1:]:
-        right = HEADER[i] != "status"
-        name = HEADER[i].replace(" ", "\n") if right else HEADER[i]
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    for run in runs:
-        word = run.status if left_out else run.category or run.status
-        row = [escape(short_name(run.engine.model)), f"[{_COLOR[run.status]}]{word}[/]", *_cells(run)]
-        table.add_row(*(row[i] for i in kept))
-    return table
-
-
-def _print_details(run: Run, console: Console) -> None:
-    console.print(f"[bold]{escape(run.engine.model)}[/]  [dim]{escape(_origin(run))}[/]", soft_wrap=True)
+def _print_details(run: EngineRun, console: Console) -> None:
+    console.print(
+        Text.assemble((plain(run.engine.model), "bold"), "  ", (plain(_origin(run)), "dim")), soft_wrap=True
+    )
     for line in details(run):
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"  {line}")
     if run.failure is not None:
         meaning = CATEGORIES[run.failure.category].meaning
-        console.print(f"  [red]{run.failure.category}: {meaning}[/]", highlight=False, soft_wrap=True)
+        _say(console, f"  {run.failure.category}: {meaning}", "red")
         for line in failure_lines(run.failure):
-            console.print(f"    {line}", markup=False, highlight=False, soft_wrap=True)
+            _say(console, f"    {line}")
     if run.status == "incomplete":
-        console.print("  [yellow]the log ends before the engine is ready[/]", soft_wrap=True)
+        _say(console, "  the log ends before the engine is ready", "yellow")
     for line in run.recommendations:
-        console.print(f"  → {line}", markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"  → {line}")
     console.print()
+
+
+def _say(console: Console, line: str, style: str = "") -> None:
+    """One line as it is; the terminal breaks it."""
+    console.print(Text(plain(line), style), soft_wrap=True)
 
 
 def short_name(model: str) -> str:
@@ -83,7 +81,7 @@ def short_name(model: str) -> str:
     return PurePosixPath(model).name if model.count("/") != 1 else model
 
 
-def details(run: Run) -> list[str]:
+def details(run: EngineRun) -> list[str]:
     """What a run says beyond its row in the summary."""
     predicted = f"predicted: {_parts(run.predicted)}" if run.predicted else ""
     lines = (_engine(run), _device(run), _sum(run), predicted, _cache(run), _times(run))
@@ -94,11 +92,11 @@ def details(run: Run) -> list[str]:
     ]
 
 
-def _origin(run: Run) -> str:
+def _origin(run: EngineRun) -> str:
     return f"{run.source}:{run.line}" if run.source else ""
 
 
-def _engine(run: Run) -> str:
+def _engine(run: EngineRun) -> str:
     engine = run.engine
     name = f"vLLM {engine.version}" if engine.version else ""
     facts = [
@@ -107,6 +105,7 @@ def _engine(run: Run) -> str:
         engine.quantization or "",
         f"KV cache {engine.kv_cache_dtype}" if engine.kv_cache_dtype not in (None, "auto") else "",
         run.device.kind or "",
+        f"tensor parallel {engine.tensor_parallel}" if (engine.tensor_parallel or 1) > 1 else "",
         f"pipeline parallel {engine.pipeline_parallel}" if (engine.pipeline_parallel or 1) > 1 else "",
         f"data parallel {engine.data_parallel}" if (engine.data_parallel or 1) > 1 else "",
         "eager" if engine.eager else "",
@@ -114,7 +113,7 @@ def _engine(run: Run) -> str:
     return ", ".join(fact for fact in facts if fact)
 
 
-def _device(run: Run) -> str:
+def _device(run: EngineRun) -> str:
     device = run.device
     if device.total_gib is None:
         return f"gpu_memory_utilization {device.utilization:g}" if device.utilization else ""
@@ -127,7 +126,7 @@ def _device(run: Run) -> str:
     return text
 
 
-def _sum(run: Run) -> str:
+def _sum(run: EngineRun) -> str:
     """The requested memory in its parts; graphs are captured after it is shared out."""
     memory = run.memory
     parts = _parts(memory)
@@ -138,7 +137,7 @@ def _sum(run: Run) -> str:
     return f"{parts}; without graphs {total:.2f}"
 
 
-def _parts(memory: Breakdown) -> str:
+def _parts(memory: MemoryBreakdown) -> str:
     names = {
         "weights": memory.weights_gib,
         "peak activation": memory.peak_activation_gib,
@@ -149,7 +148,7 @@ def _parts(memory: Breakdown) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in names.items() if value is not None)
 
 
-def _cache(run: Run) -> str:
+def _cache(run: EngineRun) -> str:
     if run.cache.tokens is None:
         return ""
     text = f"KV cache of {run.cache.tokens:,} tokens"
@@ -158,7 +157,7 @@ def _cache(run: Run) -> str:
     return text
 
 
-def _times(run: Run) -> str:
+def _times(run: EngineRun) -> str:
     names = {
         "loading": run.seconds.load,
         "torch.compile": run.seconds.compile,
@@ -168,8 +167,8 @@ def _times(run: Run) -> str:
     return ", ".join(f"{name} {value:.2f} s" for name, value in names.items() if value is not None)
 
 
-def failure_lines(failure: Failure) -> list[str]:
-    """The first of the engine's words, and the figures in them."""
+def failure_lines(failure: RunFailure) -> list[str]:
+    """The beginning of the engine's message, and the figures in it."""
     figures = {
         "tried to allocate": failure.tried_gib,
         "free": failure.free_gib,
@@ -180,17 +179,9 @@ def failure_lines(failure: Failure) -> list[str]:
     }
     shown = ", ".join(f"{name} {value:.2f} GiB" for name, value in figures.items() if value is not None)
     where = f" (line {failure.line})" if failure.line else ""
-    return [f"{shorten(failure.message, 240, placeholder=' …')}{where}", *([shown] if shown else [])]
-
-
-def _cells(run: Run) -> list[str]:
-    memory = run.memory
     return [
-        *(_number(value, 2) for value in asdict(memory).values()),
-        _number(run.engine.tensor_parallel, 0),
-        _number(run.engine.max_model_len, 0),
-        _number(run.seconds.load, 2),
-        _number(run.cache.tokens, 0),
+        f"{shorten(failure.message, _MESSAGE_CHARACTERS, placeholder=' …')}{where}",
+        *([shown] if shown else []),
     ]
 
 
@@ -198,26 +189,18 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
-def markdown(runs: Sequence[Run]) -> str:
+def markdown(runs: Sequence[EngineRun]) -> str:
     """The summary for a README, then failures."""
-    lines = [f"| {' | '.join(HEADER)} |", "|---|---|" + "---:|" * (len(HEADER) - 2)]
-    for run in runs:
-        status = f"failed: {run.category}" if run.category else run.status
-        lines.append(f"| {_cell(run.engine.model)} | {status} | {' | '.join(_cells(run))} |")
-    lines += ["", "GPU memory in GiB (2**30 bytes) per GPU.", ""]
+    lines = [markdown_table(runs, COLUMNS), "GPU memory in GiB (2**30 bytes) per GPU.", ""]
     for run in runs:
         if run.failure is not None:
-            said = "; ".join(failure_lines(run.failure))
-            todo = "; ".join(run.recommendations)
-            lines.append(f"- {_cell(run.engine.model)}, {run.category}: {_cell(said)}. To do: {_cell(todo)}.")
+            said, todo = "; ".join(failure_lines(run.failure)), "; ".join(run.recommendations)
+            name = markdown_cell(run.engine.model)
+            lines.append(f"- {name}, {run.category}: {markdown_cell(said)}. To do: {markdown_cell(todo)}.")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def as_csv(runs: Sequence[Run]) -> str:
+def as_csv(runs: Sequence[EngineRun]) -> str:
     """One line per run, raw numbers; recommendations joined by "; "."""
     out = io.StringIO()
     rows = [_flat(run) for run in runs]
@@ -226,16 +209,17 @@ def as_csv(runs: Sequence[Run]) -> str:
     writer.writeheader()
     for run, row in zip(runs, rows, strict=True):
         error = run.failure.message if run.failure else ""
-        writer.writerow(row | {"recommendations": "; ".join(run.recommendations), "error": error})
+        row |= {"recommendations": "; ".join(run.recommendations), "error": error}
+        writer.writerow({name: csv_cell(value) for name, value in row.items()})
     return out.getvalue()
 
 
-def as_json(runs: Sequence[Run]) -> str:
+def as_json(runs: Sequence[EngineRun]) -> str:
     """A list of runs."""
-    return json.dumps([_flat(run) for run in runs], indent=2, ensure_ascii=False) + "\n"
+    return json_text([_flat(run) for run in runs])
 
 
-def _flat(run: Run) -> dict[str, Any]:
+def _flat(run: EngineRun) -> dict[str, Any]:
     engine, device = run.engine, run.device
     gpu = device.kind != "cpu"
     return {

@@ -12,7 +12,7 @@ Status = Literal["success", "failed", "incomplete"]
 
 
 @dataclass(frozen=True)
-class Breakdown:
+class MemoryBreakdown:
     """Where the memory of one GPU went, GiB.
 
     Args:
@@ -31,16 +31,16 @@ class Breakdown:
 
 
 @dataclass(frozen=True)
-class Rank:
+class WorkerRank:
     """One worker process as its log lines call it."""
 
     process: str
-    memory: Breakdown
+    memory: MemoryBreakdown
     load_seconds: float | None
 
 
 @dataclass(frozen=True)
-class Engine:
+class StartedEngine:
     """What was started. None where the log does not say."""
 
     model: str
@@ -57,7 +57,7 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceMemory:
     """The memory there was: of a GPU, or of a NUMA node for vLLM on a CPU.
 
     Args:
@@ -76,7 +76,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Seconds:
+class StartSeconds:
     """How long the steps of a start took."""
 
     load: float | None = None
@@ -86,7 +86,7 @@ class Seconds:
 
 
 @dataclass(frozen=True)
-class Cache:
+class KvCache:
     """The KV cache in tokens, and the values of --kv-cache-memory that vLLM recommends, bytes."""
 
     tokens: int | None = None
@@ -96,7 +96,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Failure:
+class RunFailure:
     """How a run ended, with the figures of the message.
 
     Args:
@@ -125,21 +125,21 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Run:
+class EngineRun:
     """One start of an engine; `predicted` is what evalq expected before it."""
 
     status: Status
-    engine: Engine
-    memory: Breakdown = Breakdown()
-    device: Device = Device()
-    cache: Cache = Cache()
-    seconds: Seconds = Seconds()
-    failure: Failure | None = None
+    engine: StartedEngine
+    memory: MemoryBreakdown = MemoryBreakdown()
+    device: DeviceMemory = DeviceMemory()
+    cache: KvCache = KvCache()
+    seconds: StartSeconds = StartSeconds()
+    failure: RunFailure | None = None
     recommendations: tuple[str, ...] = ()
-    ranks: tuple[Rank, ...] = ()
+    ranks: tuple[WorkerRank, ...] = ()
     source: str = ""
     line: int = 0
-    predicted: Breakdown | None = None
+    predicted: MemoryBreakdown | None = None
 
     @property
     def category(self) -> str | None:
