@@ -26,6 +26,7 @@ EXAMPLES = """\
 examples:
   compare.py -d sample.json -m bf16.json int4.json -p        a first comparison, without WikiText-2
   compare.py -d wiki2.json -m nvfp4.json exl3.json -p        WikiText-2, chart in plots/out/
+  compare.py -d wiki.test.raw -m bf16/ a.gguf owner/name     no specs: a text, a folder, a file, a hub name
   compare.py -d wiki2.json -m my/*.json --markdown           your own models, as a table for a README
   compare.py -d wiki2.json -m gguf.json --protocol llama.cpp the windows of llama-perplexity
   compare.py -d wiki2.json -m exl3.json -p -v -dark          GiB instead of bits per weight, dark
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line: what to score, the chart, the output, how to run."""
     what = parser.add_argument_group("what to score")
     what.add_argument(
-        "-d", "--dataspec", required=True, metavar="SPEC", help="data spec (JSON): text, protocol"
+        "-d", "--dataspec", required=True, metavar="SPEC", help="data spec (JSON), or a text file"
     )
     what.add_argument(
         "-m",
@@ -46,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="SPEC",
-        help="model specs (JSON), wildcards too",
+        help="model specs (JSON), model folders, GGUF files, owner/name[@revision] on the hub; wildcards too",
+    )
+    what.add_argument(
+        "--engine", metavar="NAME", help="for models named without a spec (default: by their files)"
     )
     what.add_argument("-mask", "--mask", metavar='"A;B"', help="only models whose label holds one of these")
     what.add_argument("--protocol", metavar="NAME", help="instead of the data spec's, with its own stride")
@@ -123,10 +127,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _data_spec(arguments: argparse.Namespace) -> "DataSpec":
+    from evalq.cli.given import data_spec
     from evalq.data.windows import protocol_named
-    from evalq.spec import find_spec, load_data_spec
 
-    spec = load_data_spec(find_spec(arguments.dataspec))
+    spec = data_spec(arguments.dataspec)
     changes: dict[str, object] = {}
     if arguments.protocol is not None and arguments.protocol != spec.protocol:
         changes |= {"protocol": arguments.protocol, "eval_stride": None}
@@ -138,10 +142,10 @@ def _data_spec(arguments: argparse.Namespace) -> "DataSpec":
 
 
 def _model_specs(arguments: argparse.Namespace) -> "list[ModelSpec]":
+    from evalq.cli.given import model_specs
     from evalq.errors import SpecError
-    from evalq.spec import find_specs, load_model_specs
 
-    specs = [spec for path in find_specs(arguments.modelspec) for spec in load_model_specs(path)]
+    specs = model_specs(arguments.modelspec, arguments.engine, arguments.offline)
     if arguments.mask is None:
         return specs
     masks = [mask.strip().upper() for mask in arguments.mask.split(";") if mask.strip()]

@@ -7,8 +7,8 @@ import math
 def count(text: str) -> int:
     """A whole number of 1 or more."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("should be 1 or more")
+    if not 1 <= value <= 2**53:
+        raise argparse.ArgumentTypeError("should be 1 or more" if value < 1 else "is too large")
     return value
 
 

@@ -6,6 +6,7 @@ The keys of the specs are those of exllamav3's compare_q, whose files load uncha
 from evalq.spec.base import resolve_path
 from evalq.spec.data import DataSpec
 from evalq.spec.files import (
+    expand_wildcards,
     find_spec,
     find_specs,
     load_data_spec,
@@ -21,6 +22,7 @@ __all__ = [
     "DataSpec",
     "LoraSpec",
     "ModelSpec",
+    "expand_wildcards",
     "find_spec",
     "find_specs",
     "load_data_spec",

@@ -28,8 +28,13 @@ class Spec(BaseModel):
 
 
 def resolve_path(name: str, base: Path) -> Path:
-    """`~` and `$VARS` expanded, relative to `base`. Raises SpecError for what no file can be called."""
+    """`~` and `$VARS` expanded, relative to `base`. Raises SpecError for what no file can be called.
+
+    A file whose own name holds a `$` goes first.
+    """
     try:
+        if "$" in name and os.path.exists(base / name):
+            return base / name
         path = base / Path(os.path.expandvars(name)).expanduser()
         _require_nameable(path)
     except (ValueError, RuntimeError) as error:

@@ -8,6 +8,7 @@ import difflib
 import glob
 import json
 import os
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -20,6 +21,7 @@ from evalq.spec.data import DataSpec
 from evalq.spec.model import ModelSpec, split_engine_arguments
 from evalq.spec.strict_json import read_json
 
+_MODELS = "name model specs with -m"
 _S = TypeVar("_S", bound=Spec)
 
 
@@ -51,9 +53,18 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def find_specs(names: list[str]) -> list[Path]:
+def find_specs(names: Sequence[str]) -> list[Path]:
     """Like find_spec() for several names with wildcards; sorted within a wildcard, duplicates dropped."""
-    found: list[Path] = []
+    return list(dict.fromkeys(find_spec(name) for name in expand_wildcards(names)))
+
+
+def expand_wildcards(names: Sequence[str]) -> list[str]:
+    """Names with wildcards replaced by the files that match, here or among the shipped specs.
+
+    Raises:
+        SpecError: nothing matches.
+    """
+    found: list[str] = []
     for name in names:
         if any(sign in name for sign in "*?[") and not os.path.exists(name):
             matches = sorted(glob.glob(name, recursive=True))
@@ -61,9 +72,9 @@ def find_specs(names: list[str]) -> list[Path]:
                 matches = sorted(str(path) for path in shipped_specs().glob(name))
             if not matches:
                 raise SpecError(f"{shown(name)}: no file matches")
-            found += [Path(match) for match in matches]
+            found += matches
         else:
-            found.append(find_spec(name))
+            found.append(name)
     return list(dict.fromkeys(found))
 
 
@@ -71,7 +82,9 @@ def load_data_spec(path: Path) -> DataSpec:
     """A data spec file. Raises SpecError."""
     raw = read_json(path)
     if not isinstance(raw, dict):
-        raise SpecError(f"{path}: a data spec is one JSON object")
+        raise SpecError(f"{path}: a data spec is one JSON object", _MODELS if isinstance(raw, list) else None)
+    if "load_fn" in raw and "dataset" not in raw:
+        raise SpecError(f"{path}: a model spec where a data spec is expected", _MODELS)
     spec = validated(DataSpec, raw, str(path))
     spec._base = path.resolve().parent
     return spec
@@ -83,6 +96,8 @@ def load_model_specs(path: Path) -> list[ModelSpec]:
     models = raw if isinstance(raw, list) else [raw]
     if not models:
         raise SpecError(f"{path}: holds no model")
+    if isinstance(raw, dict) and "dataset" in raw and "load_fn" not in raw:
+        raise SpecError(f"{path}: a data spec where model specs are expected", "name data specs with -d")
     specs = []
     for index, model in enumerate(models):
         where = f"{path}: models[{index}]"
