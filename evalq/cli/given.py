@@ -161,10 +161,10 @@ def _gguf(path: Path, name: str) -> NamedModel:
 
 def _of_hub(name: str) -> NamedModel | None:
     """owner/name, owner/name@revision or owner/name/file.gguf; None for what is no such name."""
-    from evalq.checkpoint.hub import HUB_FILE, HUB_NAME
+    from evalq.checkpoint.hub_access import hub_name
 
     repository, _, revision = name.partition("@")
-    if name.endswith(".json") or not (HUB_NAME.fullmatch(repository) or HUB_FILE.fullmatch(repository)):
+    if name.endswith(".json") or hub_name(repository) is None:
         return None
     last = _PART.sub("", repository.rpartition("/")[2]).removesuffix(".gguf")
     return NamedModel(repository, revision or None, f"{last} {revision}".strip(), name)
