@@ -63,6 +63,11 @@ def font(size: float, weight: str = "normal", style: Slant = "normal") -> FontPr
     return FontProperties(family=list(families()), size=size, weight=weight, style=style)
 
 
+def _drawable(text: str) -> str:
+    """The text as one line; matplotlib would break it at a newline, and an SVG cannot hold controls."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
 class Page:
     """A figure that is written on in points, origin at the lower left.
 
@@ -83,6 +88,7 @@ class Page:
 
     def measure(self, text: str, size: float, weight: str = "normal") -> tuple[float, float, float]:
         """Width, height above and depth below the baseline of one line, points."""
+        text = _drawable(text)
         key = (text, size, weight)
         if key not in self._sizes:
             pixels = self._renderer.get_text_width_height_descent(text, font(size, weight), False)
@@ -94,7 +100,7 @@ class Page:
         """Write one line with its baseline at y; `how` goes to matplotlib's Text."""
         properties = font(size, how.pop("weight", "normal"), how.pop("style", "normal"))
         artist = Text(
-            x, y, text, color=color, fontproperties=properties, parse_math=False,
+            x, y, _drawable(text), color=color, fontproperties=properties, parse_math=False,
             transform=self.transform, **{"va": "baseline", "zorder": 6, **how},
         )  # fmt: skip
         self.figure.add_artist(artist)
@@ -140,9 +146,14 @@ class Page:
         """The text, or as much of it as fits with an ellipsis."""
         if self.measure(text, size, weight)[0] <= room:
             return text
-        while len(text) > 1 and self.measure(text + "…", size, weight)[0] > room:
-            text = text[:-1].rstrip()
-        return text + "…"
+        fits, too_long = 1, len(text)
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            if self.measure(text[:middle].rstrip() + "…", size, weight)[0] > room:
+                too_long = middle
+            else:
+                fits = middle
+        return text[:fits].rstrip() + "…"
 
     def legend(self, y: float, entries: Sequence[Series]) -> float:
         """Draw rows of groups downwards from the upper edge y; returns the lower edge."""

@@ -1,7 +1,7 @@
 """The chart: perplexity against bits per weight or VRAM, one point per model.
 
 A dotted line joins the points of a group, a thin horizontal line marks the perplexity of each unquantized
-model, bars are one standard error. Lower left is better: fewer bits and less lost.
+model and of the run's reference, bars are one standard error. Lower left is better: fewer bits and less lost.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from evalq.plots.annotate import Tag, write_tags
 from evalq.plots.geometry import Floats
 from evalq.plots.output import save, show
 from evalq.plots.page import MARGIN_PT, Page, font, quiet_glyphs
-from evalq.plots.selection import Axis, ChartOptions, Selection, Series, select
+from evalq.plots.selection import LONGEST_BAR, Axis, ChartOptions, Selection, Series, printable, select
 from evalq.plots.surround import write_footer, write_header
 from evalq.plots.ticks import Scale, scale, wants_log
 from evalq.results.record import ResultRecord
@@ -64,7 +64,7 @@ def _series(chosen: Selection, look: style.Theme) -> list[Series]:
 def _scales(chosen: Selection) -> tuple[Scale, Scale]:
     """Axes that hold every point, its error bar and a label beside it."""
     heights = [point.y for point in chosen.points + chosen.levels]
-    ends = [y for point in chosen.points for y in point.bar]
+    ends = [min(y, LONGEST_BAR * point.y) for point in chosen.points for y in point.bar]
     x_scale = scale([p.x for p in chosen.points], False, margins=(0.07, 0.07), smallest=0.1, n_ticks=10)
     y_scale = scale(heights + ends, wants_log(heights), margins=(0.14, 0.12), smallest=0.01, n_ticks=7)
     return x_scale, y_scale
@@ -109,17 +109,18 @@ def _add_axes(page: Page, rows: tuple[float, float], scales: tuple[Scale, Scale]
 def _name_axes(page: Page, x_label: str, y_label: str) -> None:
     x0, y0, x1, y1 = page.axes_box()
     size, ink = style.AXIS_LABEL_PT, page.look.ink
+    y_label = page.shorten(printable(y_label, 300), y1 - y0, size)
     page.text((x0 + x1) / 2, y0 - style.TICK_PT - 8 - size, x_label, size, ink, ha="center")
     page.text(
-        MARGIN_PT + 0.8 * size, (y0 + y1) / 2, page.shorten(y_label, y1 - y0, size), size, ink,
+        MARGIN_PT + 0.8 * size, (y0 + y1) / 2, y_label, size, ink,
         ha="center", rotation=90, rotation_mode="anchor",
     )  # fmt: skip
 
 
 def _draw_levels(page: Page, series: list[Series]) -> None:
-    """A line across the chart at the perplexity of every unquantized model."""
+    """A line across the chart at the perplexity of every unquantized model and of the reference."""
     for one in series:
-        for point in one.references:
+        for point in one.lines:
             color = point.color or one.color
             page.axes.axhline(point.y, color=color, lw=style.THIN_PT, alpha=0.6, zorder=1.5)
 
@@ -167,6 +168,6 @@ def _segments(page: Page, series: list[Series]) -> Floats:
         for p in one.points:
             if p.y_stderr:
                 ends += [(p.x, y) for y in p.bar]
-        for p in one.references:
+        for p in one.lines:
             ends += [(left, p.y), (right, p.y)]
     return page.from_data(ends).reshape(-1, 4)

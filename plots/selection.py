@@ -11,9 +11,14 @@ from typing import Literal, get_args
 from evalq.errors import SpecError
 from evalq.plots.style import usable
 from evalq.results.record import ResultRecord, require_comparable
+from evalq.show.plain import plain
 
 Axis = Literal["bpw", "vram"]
 UNQUANTIZED_BPW = 16.0
+FARTHEST = 10_000.0  # times the best perplexity: a broken model must not press the others into one line
+LARGEST_PPL = 1e12
+LARGEST_X = 1e6
+LONGEST_BAR = 3.0  # times the perplexity, as far as the axis follows an error bar
 NAME_CHARACTERS = 32
 
 
@@ -25,7 +30,7 @@ class ChartOptions:
         title: None for a plain description of the axes, "" for no title.
         x: "bpw" (bits per weight of the layers) or "vram" (layers + head, GiB).
         max_x: models beyond it are left out and named under the axes; in units of x.
-        max_y: the same for perplexity.
+        max_y: the same for perplexity. None leaves out what is FARTHEST times worse than the best.
         dark: light lines on a dark page.
         y_label: instead of "perplexity per token" (or "per word").
         width: inches.
@@ -68,7 +73,7 @@ class Point:
         y_stderr: standard error of its difference to the run's reference where there is one, else of
             itself; None if unknown.
         color: the record's own as hex, None for the group's.
-        is_reference: unquantized: a horizontal line marks its perplexity.
+        has_line: unquantized, or the run's reference: a horizontal line marks its perplexity.
     """
 
     group: str
@@ -77,13 +82,13 @@ class Point:
     y: float
     y_stderr: float | None
     color: str | None
-    is_reference: bool
+    has_line: bool
 
     @property
     def bar(self) -> tuple[float, float]:
         """Ends of the error bar; the lower one stays above 0 for a logarithmic axis."""
         error = self.y_stderr or 0.0
-        return max(self.y - error, 0.5 * self.y), self.y + error
+        return max(self.y - error, 0.5 * self.y), min(self.y + error, FARTHEST * self.y)
 
     @property
     def value(self) -> str:
@@ -100,7 +105,7 @@ class Series:
         color: hex.
         marker: matplotlib's name of its shape.
         points: sorted by x.
-        levels: unquantized models outside the axes, of which only the line is drawn.
+        levels: models with a line that are outside the axes, of which only the line is drawn.
     """
 
     name: str
@@ -115,9 +120,9 @@ class Series:
         return len(self.points) > 1
 
     @property
-    def references(self) -> list[Point]:
+    def lines(self) -> list[Point]:
         """Everything with a horizontal line."""
-        return [point for point in self.points if point.is_reference] + self.levels
+        return [point for point in self.points if point.has_line] + self.levels
 
 
 @dataclass(frozen=True)
@@ -130,10 +135,11 @@ class Selection:
             does not change the colours of the others.
         failed: "label (category)" of every model without a point.
         beyond: "label (x, y)" of every model outside max_x or max_y.
-        levels: unquantized models outside max_x only, whose perplexity is still worth a line.
+        levels: models with a line outside max_x only, whose perplexity is still worth it.
         per: "token" or "word".
         stderr_is_lower_bound: of any point.
         bars_against: the model that error bars are the difference to, None when they are each point's own.
+        quantized_reference: the label of the run's reference where that is a quantized model, else None.
     """
 
     points: list[Point]
@@ -144,10 +150,11 @@ class Selection:
     per: str
     stderr_is_lower_bound: bool
     bars_against: str | None
+    quantized_reference: str | None
 
 
 def number(value: float) -> str:
-    """A perplexity in the fewest characters that still tell models apart."""
+    """A perplexity, or bits or GiB, in the fewest characters that still tell models apart."""
     if value < 1000:
         return f"{value:.2f}"
     if value < 1e7:
@@ -156,8 +163,9 @@ def number(value: float) -> str:
 
 
 def printable(text: str, longest: int) -> str:
-    """One line without control characters, cut with an ellipsis."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    r"""One line, cut with an ellipsis; control characters as the table writes them, such as \x1b."""
+    # What no font and no SVG file can hold, such as U+FFFF, is not printable either.
+    line = " ".join("".join(c if c.isprintable() else " " for c in plain(text[: 10 * longest])).split())
     return line if len(line) <= longest else line[: longest - 1].rstrip() + "…"
 
 
@@ -172,43 +180,74 @@ def select(records: Sequence[ResultRecord], options: ChartOptions) -> Selection:
         raise SpecError("nothing to draw: no results were given", "score at least one model first")
     require_comparable(list(records))
     against = next((r.against_reference.label for r in records if r.against_reference), None)
-    found = Selection([], {}, [], [], [], "token", False, against)
-    lower_bound = False
+    reference = next((r for r in records if r.label == against), None)
+    quantized = None if reference is None or _is_unquantized(reference) else reference.label
+    found = Selection([], {}, [], [], [], records[0].unit, False, against, quantized)
+    points = []
     for record in records:
         group = printable(record.group, NAME_CHARACTERS) or "?"
         found.groups[group] = found.groups.get(group) or usable(record.color)
         reason = _missing(record, options)
         if reason:
             found.failed.append(f"{printable(record.label, 2 * NAME_CHARACTERS)} ({reason})")
-            continue
-        point = _point(record, group, options, paired=against is not None)
-        if _beyond(point, options):
-            found.beyond.append(_describe(record, point, options))
-            if point.is_reference and (options.max_y is None or point.y <= options.max_y):
-                found.levels.append(point)
-            continue
-        found.points.append(point)
-        lower_bound |= record.ppl_stderr_is_lower_bound and point.y_stderr is not None
+        else:
+            points.append((record, _point(record, group, options, found)))
+    lower_bound = _sort(points, _limits(points, options), options, found)
     if not found.points:
         left_out = ", ".join((found.failed + found.beyond)[:5])
-        remedy = "raise max_x or max_y" if found.beyond else "see why each model failed in the table"
+        remedy = "see why each model failed in the table"
+        if found.beyond:
+            largest = f"perplexities to {LARGEST_PPL:.0e} and {options.x} to {LARGEST_X:.0e} can be drawn"
+            remedy = largest if options.max_x is options.max_y is None else "raise max_x or max_y"
         raise SpecError(f"nothing to draw: {left_out}", remedy)
-    return replace(found, per=records[0].unit, stderr_is_lower_bound=lower_bound)
+    return replace(found, stderr_is_lower_bound=lower_bound)
 
 
-def _point(record: ResultRecord, group: str, options: ChartOptions, paired: bool) -> Point:
+def _limits(points: Sequence[tuple[ResultRecord, Point]], options: ChartOptions) -> tuple[float, float]:
+    """The largest x and y that are drawn."""
+    best = min((point.y for _, point in points), default=1.0)
+    max_x = math.inf if options.max_x is None else options.max_x
+    max_y = FARTHEST * best if options.max_y is None else options.max_y
+    return min(max_x, LARGEST_X), min(max_y, LARGEST_PPL)
+
+
+def _sort(
+    points: Sequence[tuple[ResultRecord, Point]],
+    limits: tuple[float, float],
+    options: ChartOptions,
+    found: Selection,
+) -> bool:
+    """Put every point where it belongs; returns whether an error bar that is drawn is a lower bound."""
+    (max_x, max_y), lower_bound = limits, False
+    for record, point in points:
+        if point.x <= max_x and point.y <= max_y:
+            found.points.append(point)
+            lower_bound |= record.ppl_stderr_is_lower_bound and point.y_stderr is not None
+            continue
+        found.beyond.append(_describe(record, point, options))
+        if point.has_line and point.y <= max_y:
+            found.levels.append(point)
+    return lower_bound
+
+
+def _is_unquantized(record: ResultRecord) -> bool:
+    return (record.layer_bpw or 0.0) >= UNQUANTIZED_BPW
+
+
+def _point(record: ResultRecord, group: str, options: ChartOptions, found: Selection) -> Point:
     x, y = _x(record, options), record.headline_ppl
     assert x is not None and y is not None
     label = printable(record.label, 10 * NAME_CHARACTERS)
     rest = label[len(group) :].strip() if label.startswith(group) else label
+    error = record.headline_stderr if found.bars_against is None else _paired_stderr(record)
     return Point(
         group=group,
         name=printable(rest or label or "?", NAME_CHARACTERS),
         x=x,
         y=y,
-        y_stderr=_paired_stderr(record) if paired else record.headline_stderr,
+        y_stderr=error if error is not None and math.isfinite(error) else None,
         color=usable(record.color),
-        is_reference=(record.layer_bpw or 0.0) >= UNQUANTIZED_BPW,
+        has_line=_is_unquantized(record) or record.label == found.quantized_reference,
     )
 
 
@@ -233,19 +272,14 @@ def _missing(record: ResultRecord, options: ChartOptions) -> str | None:
     if record.status == "failed":
         return printable(record.error.category, NAME_CHARACTERS) if record.error else "failed"
     x, y = _x(record, options), record.headline_ppl
-    # No perplexity is below 1, and a logarithmic axis needs both above 0.
-    if y is None or not math.isfinite(y) or y <= 0:
+    # No perplexity is below 1.
+    if y is None or not math.isfinite(y) or y < 1:
         return "no perplexity per word" if record.unit == "word" else "no perplexity"
     if x is None or not math.isfinite(x) or x < 0:
         return "bits per weight unknown" if options.x == "bpw" else "size unknown"
     return None
 
 
-def _beyond(point: Point, options: ChartOptions) -> bool:
-    too_far = options.max_x is not None and point.x > options.max_x
-    return too_far or (options.max_y is not None and point.y > options.max_y)
-
-
 def _describe(record: ResultRecord, point: Point, options: ChartOptions) -> str:
     unit = "bpw" if options.x == "bpw" else "GiB"
-    return f"{printable(record.label, 2 * NAME_CHARACTERS)} ({point.x:.2f} {unit}, {point.value})"
+    return f"{printable(record.label, 2 * NAME_CHARACTERS)} ({number(point.x)} {unit}, {point.value})"

@@ -36,6 +36,8 @@ def write_footer(page: Page, chosen: Selection) -> float:
         bound = ", a lower bound because windows overlap" if chosen.stderr_is_lower_bound else ""
         what = f" of the difference to {printable(against, 60)}" if (against := chosen.bars_against) else ""
         lines.append(f"bars: ±1 standard error{what}{bound}")
+    if chosen.quantized_reference is not None:
+        lines.append(f"reference: {printable(chosen.quantized_reference, 60)}, which is quantized itself")
     if chosen.beyond:
         lines += page.wrap(chosen.beyond, ", ", NOTE_PT, 2, lead="beyond the axes: ")
     if chosen.failed:

@@ -1,8 +1,7 @@
-"""What is installed: the wheel's layout, what start-up imports, and that stored results are quick to show."""
+"""What is installed: the wheel's layout, what start-up imports, and what showing stored results imports."""
 
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -71,16 +70,17 @@ def test_start_up_imports_no_engine() -> None:
     assert heavy.isdisjoint(run.stdout.split())
 
 
-def test_five_stored_models_are_shown_and_drawn_quickly(runs: Runs) -> None:
+def test_stored_models_are_shown_and_drawn_without_an_engine(runs: Runs) -> None:
     data, models = runs.data(), runs.models(*({"options": {"seed": i}} for i in range(5)))
     assert runs.compare(data, models)[0] == 0
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        process = runs.process("-d", str(data), "-m", str(models), "-o", "c.png")
-        _, errors = process.communicate(timeout=60)
-        seconds.append(time.perf_counter() - start)
-        assert process.returncode == 0 and errors.count("(stored)") == 5
-    # The target is 3 s on an idle machine; benchmarks/run.py measures it, this keeps it from drifting.
-    assert min(seconds) < 4.5
+    script = (
+        "import sys; from evalq.cli.main import compare_main; code = compare_main(sys.argv[1:]); "
+        "print(*sys.modules, file=open('modules', 'w')); sys.exit(code)"
+    )
+    arguments = ["-d", str(data), "-m", str(models), "-o", "c.png"]
+    run = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stderr.count("(stored)") == 5
     assert Path("c.png").stat().st_size > 10_000
+    # What takes long to import; benchmarks/run.py measures the time itself.
+    slow = {"torch", "transformers", "llama_cpp", "datasets", "vllm", "matplotlib.pyplot", "scipy", "pandas"}
+    assert slow.isdisjoint(Path("modules").read_text().split())

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import sys
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,7 @@ from evalq.plots.page import quiet_glyphs
 from evalq.plots.scatter import ChartOptions, draw
 from evalq.plots.selection import number, select
 from evalq.plots.ticks import scale
-from evalq.results.record import Failure, ResultRecord
+from evalq.results.record import AgainstReference, Failure, ResultRecord
 
 WIKI2 = {
     "dataset": "wiki2",
@@ -247,6 +248,62 @@ def test_logarithmic_only_when_perplexities_differ_by_more_than_eight() -> None:
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert {"30", "100", "1000", "10,000"} <= set(labels)
     assert "19,762" in texts(figure)
+
+
+@pytest.mark.parametrize("broken", [1e6, 1e100, 1.7e308])
+def test_a_hopeless_model_is_named_and_does_not_flatten_the_others(broken: float) -> None:
+    figure = draw([*shootout(), record("NVFP4 fused", 4.5, broken)], ChartOptions())
+    assert figure.axes[0].get_yscale() == "linear"
+    assert f"beyond the axes: NVFP4 fused (4.50 bpw, {number(broken)})" in texts(figure)
+    asked_for = draw([*shootout(), record("NVFP4 fused", 4.5, 1e6)], ChartOptions(max_y=1e7))
+    assert "1,000,000" in texts(asked_for) and asked_for.axes[0].get_yscale() == "log"
+
+
+LARGEST = sys.float_info.max
+ODD = [
+    *((ppl, 1.0, 4.0) for ppl in (1.0, 1e12, 1e100, LARGEST, math.inf, math.nan, 0.0, -1.0)),
+    *((25.0, error, 4.0) for error in (0.0, 1e300, LARGEST, math.inf, math.nan)),
+    *((25.0, None, bpw) for bpw in (0.0, 1e12, LARGEST, math.inf)),
+    (LARGEST, LARGEST, LARGEST),
+    (1.0, LARGEST, 0.0),
+]
+
+
+@pytest.mark.parametrize(("ppl", "error", "bpw"), ODD)
+def test_one_model_of_any_numbers_does_not_break_the_chart(
+    ppl: float, error: float | None, bpw: float
+) -> None:
+    others = [record("BF16", 16.0, 25.06, ppl_stderr=0.3), record("GGUF Q8_0", 8.5, 25.09)]
+    figure = draw([*others, record("Odd one", bpw, ppl, ppl_stderr=error)], ChartOptions())
+    low, high = figure.axes[0].get_ylim()
+    assert 0 < low < 25.06 < high < 1e6
+    drawn = len(markers_of(figure))
+    named = [line for line in texts(figure) if "Odd one" in line]
+    assert drawn + len(named) >= 3 and all(len(line) < 80 for line in named)
+
+
+@pytest.mark.parametrize(("ppl", "bpw"), [(1e100, 4.0), (30.0, 1e300)])
+def test_numbers_too_large_for_any_chart_say_what_can_be_drawn(ppl: float, bpw: float) -> None:
+    with pytest.raises(SpecError, match=r"nothing to draw: A 1 .*perplexities to 1e\+12 and bpw to 1e\+06"):
+        draw([record("A 1", bpw, ppl)], ChartOptions())
+
+
+def test_a_reference_that_is_quantized_itself_is_said_and_has_the_line() -> None:
+    def beside(label: str) -> AgainstReference:
+        return AgainstReference(
+            label=label, ppl_ratio=1.1, ln_ratio=0.1, ln_ratio_stderr=0.01, significant=True
+        )
+
+    q8 = record("GGUF Q8_0 $x$", 8.5, 25.09, ppl_stderr=0.3)
+    q4 = record("GGUF Q4_K_M", 4.83, 27.35, ppl_stderr=0.3, against_reference=beside(q8.label))
+    figure = draw([q8, q4], ChartOptions())
+    assert "reference: GGUF Q8_0 $x$, which is quantized itself" in texts(figure)
+    across = [line for line in figure.axes[0].lines if list(line.get_xdata()) == [0, 1]]
+    assert [list(line.get_ydata()) for line in across] == [[25.09, 25.09]]
+
+    bf16 = record("BF16", 16.0, 25.06)
+    q4 = record("GGUF Q4_K_M", 4.83, 27.35, against_reference=beside("BF16"))
+    assert not [line for line in texts(draw([bf16, q4], ChartOptions())) if line.startswith("reference")]
 
 
 @pytest.mark.parametrize("low", [1.0, 5.43, 25.0, 900.0])
