@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from evalq.cli.config import add_config
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
 DESCRIPTION = """\
 Engines: the versions that are installed, or the command that installs them. The names in the first two
@@ -26,30 +26,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Every engine: what is installed, or what to install."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
+    """Every engine: what is installed, or what to install. Exit code 0."""
     from evalq.errors import ModelError
     from evalq.registry import ALIASES, backend_names
+    from evalq.show.columns import MINOR, Column, print_columns
     from evalq.show.console import output
 
-    shown = Table("load_fn", "also", "engine", title_justify="left", box=SIMPLE_HEAD)
-    for name in sorted(backend_names()):
-        aliases = ", ".join(alias for alias, target in ALIASES.items() if target.backend == name)
-        shown.add_row(name, aliases, _engine_state(name))
     console = output()
-    console.print(shown)
+    engines = []
+    for name in sorted(backend_names()):
+        also = ", ".join(alias for alias, target in ALIASES.items() if target.backend == name)
+        engines.append((name, also, *_state(name)))
+    columns = [
+        Column[tuple[str, ...]]("load_fn", lambda row: row[0]),
+        Column[tuple[str, ...]]("also", lambda row: row[1], MINOR, folds=True),
+        Column[tuple[str, ...]]("engine", lambda row: row[2], folds=True, style=lambda row: row[3]),
+    ]
+    print_columns(engines, columns, console)
     if arguments.verbose:
         for name in sorted(backend_names()):
             with contextlib.suppress(ModelError):
-                console.print(_options_table(name))
+                _print_options(name, console)
     return 0
 
 
-def _engine_state(name: str) -> str:
-    from rich.markup import escape
-
+def _state(name: str) -> tuple[str, str]:
+    """What is installed or what to do, and the style to show it in."""
     from evalq.errors import EvalqError
     from evalq.interpreters import versions
     from evalq.registry import backend
@@ -58,22 +60,28 @@ def _engine_state(name: str) -> str:
     try:
         found, install = versions(name, engine_python(name)), backend(name).INSTALL
     except EvalqError as error:
-        return f"[red]{escape(str(error))}[/]"
+        return str(error), "red"
     if not found:
-        return f"[yellow]not installed:[/] {escape(install)}"
-    return ", ".join(f"{dist} {version}" for dist, version in found.items())
+        return f"not installed: {install}", "yellow"
+    return ", ".join(f"{dist} {version}" for dist, version in found.items()), ""
 
 
-def _options_table(name: str) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
-
+def _print_options(name: str, console: "Console") -> None:
     from evalq.registry import backend
+    from evalq.show.columns import MAJOR, Column, print_columns
+    from evalq.show.console import say
 
-    options = Table(
-        "option", "type", "meaning", title=f"options of {name}", title_justify="left", box=SIMPLE_HEAD
-    )
-    for key, option in backend(name).OPTIONS.items():
-        options.add_row(key, escape(" | ".join(kind.__name__ for kind in option.kind)), escape(option.help))
-    return options
+    options = [
+        (key, " | ".join(kind.__name__ for kind in option.kind), option.help)
+        for key, option in backend(name).OPTIONS.items()
+    ]
+    console.print()
+    say(console, (f"options of {name}" if options else f"{name} has no options", "dim"))
+    columns = [
+        Column[tuple[str, ...]]("option", lambda row: row[0]),
+        Column[tuple[str, ...]]("type", lambda row: row[1], MAJOR),
+        Column[tuple[str, ...]]("meaning", lambda row: row[2], folds=True),
+    ]
+    if options:
+        console.print()
+        print_columns(options, columns, console)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evalq.cli.config import add_config
-from evalq.cli.numbers import count, positive
+from evalq.cli.numbers import count, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "-cc", "--clear_cache", action="store_true", help="score the named models on this data anew"
     )
-    how.add_argument("--timeout", type=positive, metavar="S", help="give a model up after S seconds")
+    how.add_argument("--timeout", type=seconds, metavar="S", help="give a model up after S seconds")
     how.add_argument(
         "--try-anyway", action="store_true", help="start engines that are predicted to run out of memory too"
     )

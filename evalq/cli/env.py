@@ -19,17 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The machine and its software."""
-    import json
+    """The machine and its software. Exit code 0."""
     import sys
 
-    from rich.table import Table
+    from rich.console import Console
 
     from evalq.errors import EvalqError
     from evalq.interpreters import versions
     from evalq.machine import environment
     from evalq.registry import backend_names
-    from evalq.show.console import output
+    from evalq.show.columns import Column, print_columns
+    from evalq.show.console import output, say
+    from evalq.show.plain import json_text
     from evalq.spec.config import engine_python
 
     engines = {}
@@ -37,19 +38,25 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             engines[name] = versions(name, engine_python(name))
         except EvalqError as error:
-            print(f"evalq: {name}: {error}", file=sys.stderr)
-    found = environment() | {"engines": engines}
+            say(Console(stderr=True), f"evalq: {name}: {error}")
+    found = environment()
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        sys.stdout.write(json_text(found | {"engines": engines}))
         return 0
-    shown = Table(show_header=False, box=None)
-    for key, value in found.items():
-        if key == "gpus":
-            value = ", ".join(f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in value) or "none visible"
-        if key == "engines":
-            value = "\n".join(
-                f"{n}: " + ", ".join(f"{d} {v}" for d, v in e.items()) for n, e in value.items() if e
-            )
-        shown.add_row(key, str(value if value is not None else "–"))
-    output().print(shown)
+    rows = [(key, _text(key, value)) for key, value in found.items()]
+    for name, packages in engines.items():
+        if packages:
+            rows.append((name, ", ".join(f"{package} {version}" for package, version in packages.items())))
+    columns = [
+        Column[tuple[str, str]]("", lambda row: row[0], style=lambda row: "bold"),
+        Column[tuple[str, str]]("", lambda row: row[1], folds=True),
+    ]
+    print_columns(rows, columns, output(), header=False)
     return 0
+
+
+def _text(key: str, value: object) -> str:
+    """A fact in words."""
+    if key == "gpus" and isinstance(value, list):
+        return ", ".join(f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in value) or "none visible"
+    return "–" if value is None else str(value)

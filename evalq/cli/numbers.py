@@ -3,6 +3,9 @@
 import argparse
 import math
 
+# About 30 years; what the system's clocks take ends at ten times that.
+_SECONDS_MAX = 1e9
+
 
 def count(text: str) -> int:
     """A whole number of 1 or more."""
@@ -17,4 +20,12 @@ def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError("should be more than 0")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A time in seconds, above 0."""
+    value = positive(text)
+    if value > _SECONDS_MAX:
+        raise argparse.ArgumentTypeError(f"should be {_SECONDS_MAX:,.0f} or less; leave it out for no limit")
     return value
