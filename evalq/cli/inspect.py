@@ -50,19 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Inspect, print, draw. Exit code 0, or 1 when a finding is an error. Raises EvalqError."""
     import sys
 
-    from rich.console import Console
-
     from evalq.inspect import inspect_checkpoint, open_model
     from evalq.inspect.output import as_json, print_inspection
+    from evalq.show.console import output
 
     checkpoint = open_model(arguments.model, arguments.revision, arguments.offline)
     found = inspect_checkpoint(checkpoint, arguments.deep)
     if arguments.json:
         sys.stdout.write(as_json(found, arguments.per_tensor))
     else:
-        console = Console()
-        wide = console if console.is_terminal else Console(width=max(console.width, 120))
-        print_inspection(found, wide, arguments.per_tensor)
+        print_inspection(found, output(), arguments.per_tensor)
     if arguments.plot is not None:
         path = Path(arguments.plot) if arguments.plot else _default_file(arguments)
         _plot(found, path, arguments.dark)
@@ -80,13 +77,14 @@ def _default_file(arguments: argparse.Namespace) -> Path:
 
 def _plot(found: "Inspection", path: Path, dark: bool) -> None:
     """Draw, and say where the picture is on standard error."""
-    import sys
+    from rich.console import Console
 
     from evalq.errors import SpecError
+    from evalq.show.console import say
 
     try:
         from evalq.plots import inspect as chart
     except ImportError as error:
         raise SpecError(f"cannot draw: {error}", 'pip install "evalq[plot]"') from None
     chart.save(chart.draw(found, dark), path)
-    print(f"picture: {path}", file=sys.stderr)
+    say(Console(stderr=True), f"picture: {path}")

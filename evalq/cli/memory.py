@@ -66,9 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _plot(arguments: argparse.Namespace, runs: "list[EngineRun]") -> None:
-    import sys
+
+    from rich.console import Console
 
     from evalq.errors import SpecError
+    from evalq.show.console import say
 
     try:
         from evalq.plots import memory
@@ -78,4 +80,4 @@ def _plot(arguments: argparse.Namespace, runs: "list[EngineRun]") -> None:
     suffix = "-dark" if arguments.dark else ""
     path = arguments.plot_file or Path("plots") / "out" / f"memory{suffix}.png"
     save(memory.draw(runs, memory.MemoryChart(title=arguments.title, dark=arguments.dark)), path)
-    print(f"chart: {path}", file=sys.stderr)
+    say(Console(stderr=True), f"chart: {path}")

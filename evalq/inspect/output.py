@@ -1,18 +1,19 @@
 """An inspection as text for a person, and as JSON."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from evalq.checkpoint.bits import GIB
+from evalq.checkpoint.bits import GIB, TensorBits
 from evalq.inspect import Inspection
-from evalq.inspect.layers import part_name, part_of
+from evalq.inspect.engines import Verdict
+from evalq.inspect.layers import PartBits, part_name, part_of
+from evalq.show.columns import MAJOR, MINOR, Column, print_columns
+from evalq.show.console import say
+from evalq.show.numbers import number
+from evalq.show.plain import json_text
 
 JSON_VERSION = 1
 _MIB = 2**20
@@ -22,13 +23,18 @@ _NAMES_SHOWN = 6
 def print_inspection(found: Inspection, console: Console, per_tensor: bool) -> None:
     """Everything, in the terminal's width."""
     _print_facts(found, console)
-    console.print(_parts_table(found))
-    for line in _unquantized_lines(found):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(_engines_table(found))
+    console.print()
+    _print_parts(found, console)
+    console.print()
+    if found.unquantized:
+        say(console, ("not quantized", "bold"), f": {_names(found.unquantized)}")
+        console.print()
+    _print_engines(found, console)
+    console.print()
     _print_findings(found, console)
     if per_tensor:
-        console.print(_tensor_table(found))
+        console.print()
+        _print_tensors(found, console)
 
 
 def size(count: int) -> str:
@@ -74,12 +80,11 @@ def _print_facts(found: Inspection, console: Console) -> None:
         ("head", _head(found)),
         ("LoRA", _lora(found)),
     ]
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, escape(value))
-    console.print(table)
+    columns = [
+        Column[tuple[str, str]]("", lambda row: row[0], style=lambda row: "bold"),
+        Column[tuple[str, str]]("", lambda row: row[1], folds=True),
+    ]
+    print_columns(rows, columns, console, header=False)
 
 
 def _architecture(found: Inspection) -> str:
@@ -113,60 +118,61 @@ def _lora(found: Inspection) -> str:
     return f"yes, on {', '.join(lora.target_modules)} ({lora.origin})"
 
 
-def _parts_table(found: Inspection) -> Table:
+def _print_parts(found: Inspection, console: Console) -> None:
     total = sum(part.bytes for part in found.parts)
-    table = Table(header_style="bold", box=SIMPLE_HEAD)
-    table.add_column("layers")
-    for name in ("tensors", "weights", "bpw", "size", "share"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("format", overflow="fold")
-    for part in found.parts:
-        bpw = "–" if part.bpw is None else f"{part.bpw:.3f}"
-        numbers = (f"{part.tensors:,}", _short(part.weights), bpw, size(part.bytes))
-        name = part_name(part.part, found.checkpoint.storage.tied_head)
-        table.add_row(name, *numbers, share(part.bytes, total), escape(part.format_line))
-    return table
+    tied = found.checkpoint.storage.tied_head
+    columns = [
+        Column[PartBits]("layers", lambda part: part_name(part.part, tied)),
+        Column[PartBits]("tensors", lambda part: f"{part.tensors:,}", MINOR + 1, right=True),
+        Column[PartBits]("weights", lambda part: _short(part.weights), MINOR, right=True),
+        Column[PartBits]("bpw", lambda part: number(part.bpw, 3), MAJOR, right=True),
+        Column[PartBits]("size", lambda part: size(part.bytes), MAJOR, right=True),
+        Column[PartBits]("share", lambda part: share(part.bytes, total), MINOR, right=True),
+        Column[PartBits]("format", lambda part: part.format_line, MAJOR, folds=True),
+    ]
+    print_columns(found.parts, columns, console)
 
 
-def _unquantized_lines(found: Inspection) -> Iterator[str]:
-    names = found.unquantized
-    if names:
-        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-        yield f"[bold]not quantized[/]: {escape(', '.join(names[:_NAMES_SHOWN]))}{more}"
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
-def _engines_table(found: Inspection) -> Table:
-    table = Table(header_style="bold", box=SIMPLE_HEAD)
-    for name in ("engine", "runs here", "LoRA", "installed", "why not, or what to know"):
-        table.add_column(name, overflow="fold")
-    for verdict in found.engines:
-        runs = "[green]yes[/]" if verdict.runs else "[yellow]no[/]"
-        why = escape("; ".join(verdict.reasons))
-        table.add_row(verdict.engine, runs, verdict.adapters or "–", verdict.version or "no", why)
-    return table
+def _print_engines(found: Inspection, console: Console) -> None:
+    columns = [
+        Column[Verdict]("engine", lambda one: one.engine),
+        Column[Verdict](
+            "runs here",
+            lambda one: "yes" if one.runs else "no",
+            style=lambda one: "green" if one.runs else "yellow",
+        ),
+        Column[Verdict]("LoRA", lambda one: one.adapters or "–", MAJOR),
+        Column[Verdict]("installed", lambda one: one.version or "no", MAJOR),
+        Column[Verdict]("why not, or what to know", lambda one: "; ".join(one.reasons), MAJOR, folds=True),
+    ]
+    print_columns(found.engines, columns, console)
 
 
 def _print_findings(found: Inspection, console: Console) -> None:
     for finding in found.findings:
-        color = "red" if finding.severity == "error" else "yellow"
-        line = f"[{color}]{finding.severity} {finding.name}[/]: {escape(finding.message)}"
-        console.print(line, highlight=False, soft_wrap=True)
+        style = "red" if finding.severity == "error" else "yellow"
+        say(console, (f"{finding.severity} {finding.name}", style), f": {finding.message}")
     if not found.findings:
-        console.print("[green]consistent[/]: files, shapes and declared format agree", highlight=False)
+        say(console, ("consistent", "green"), ": files, shapes and declared format agree")
 
 
-def _tensor_table(found: Inspection) -> Table:
-    table = Table(header_style="bold", box=SIMPLE_HEAD)
-    table.add_column("weight", overflow="fold")
-    table.add_column("layers")
-    for name in ("weights", "bpw", "bytes"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("format")
-    for tensor in found.checkpoint.storage.tensors:
-        bpw = f"{8 * tensor.bytes / tensor.numel:.3f}" if tensor.numel else "–"
-        numbers = (f"{tensor.numel:,}", bpw, f"{tensor.bytes:,}")
-        table.add_row(escape(tensor.name), part_of(tensor), *numbers, escape(tensor.format))
-    return table
+def _print_tensors(found: Inspection, console: Console) -> None:
+    columns = [
+        Column[TensorBits]("weight", lambda tensor: tensor.name),
+        Column[TensorBits]("layers", part_of, MINOR),
+        Column[TensorBits]("weights", lambda tensor: f"{tensor.numel:,}", MINOR, right=True),
+        Column[TensorBits](
+            "bpw", lambda t: number(8 * t.bytes / t.numel if t.numel else None, 3), MAJOR, right=True
+        ),
+        Column[TensorBits]("bytes", lambda tensor: f"{tensor.bytes:,}", MAJOR, right=True),
+        Column[TensorBits]("format", lambda tensor: tensor.format, MAJOR),
+    ]
+    print_columns(found.checkpoint.storage.tensors, columns, console)
 
 
 def as_json(found: Inspection, per_tensor: bool) -> str:
@@ -190,4 +196,4 @@ def as_json(found: Inspection, per_tensor: bool) -> str:
     }
     if per_tensor:
         value["tensors"] = [asdict(tensor) | {"part": part_of(tensor)} for tensor in storage.tensors]
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return json_text(value)

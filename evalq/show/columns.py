@@ -30,7 +30,7 @@ ALWAYS, MAJOR, MINOR = 0, 1, 2
 
 # Wider than any table, for consoles whose width means nothing.
 UNLIMITED = 1_000_000
-_FOLDED_CHARS = 32
+_FOLDED_CHARS = 24
 _INDENT = 2
 
 
