@@ -67,7 +67,8 @@ def plan_transformers(
         head_chunk_mib: the backend's option.
     """
     if dtype == "auto":
-        dtype = str(shape.config.get("dtype") or shape.config.get("torch_dtype") or "float32")
+        named = shape.config.get("dtype") or shape.config.get("torch_dtype")
+        dtype = named if isinstance(named, str) else "float32"
     element_bytes = _DTYPE_BYTES.get(dtype, 2)
     weights = rank_weights(shape)
     unpacks = shape.quantization.get("quant_method") in (None, "compressed-tensors")

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from evalq.errors import SpecError
-from evalq.failures import CATEGORIES
 from evalq.plots import style
 from evalq.plots.page import LEADING, MARGIN_PT, Page, font, quiet_glyphs
 from evalq.plots.selection import printable
@@ -267,7 +266,7 @@ def _write_name(page: Page, place: tuple[float, float], run: EngineRun) -> None:
     page.text(*place, name, size, look.ink, weight="bold")
     said = [f"TP {run.engine.tensor_parallel}"] if (run.engine.tensor_parallel or 1) > 1 else []
     if run.failure is not None:
-        said.append(f"failed: {CATEGORIES[run.failure.category].meaning}")
+        said.append(f"failed: {run.failure.meaning}")
     elif run.cache.tokens is not None:
         said.append(f"{run.cache.tokens:,} tokens of KV cache")
     color = style.legible(look.palette[1], look) if run.failure else look.muted

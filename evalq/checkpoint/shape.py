@@ -10,19 +10,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from evalq.checkpoint.headers import is_gguf
+from evalq.checkpoint.damage import clipped
+from evalq.checkpoint.headers import POSITION_KEYS, TEXT_CONFIGS, is_gguf, positive
 from evalq.checkpoint.hub import existing_path, open_model
 from evalq.checkpoint.shards import RawTensor
 from evalq.errors import SpecError
 
+_ORIGINAL = "a plan needs this field: take the original file"
 _EXPERT = re.compile(r"experts\.\d+\.")
-_TEXT_PARTS = ("text_config", "llm_config", "language_config")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,6})\.")
+OTHER_TOWERS = ("vision", "visual", "audio", "speech")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+_VOCABULARY = ("vocab_size",)
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "intermediate_size_mlp")
+
+# More than any model has, and few enough to plan each: a number of layers is not believed beyond it.
+LAYERS_MAX = 10_000
+# No size of a model is larger; products of several stay far below the largest float.
+SIZE_MAX = 2**40
 
 
 @dataclass(frozen=True)
@@ -102,38 +110,73 @@ def make_shape(
         quantization: settings that stand in a file of their own; None takes those of the config.
 
     Raises:
-        SpecError: naming the fields that a plan needs and the config lacks.
+        SpecError: naming the fields that a plan needs and the config lacks, or what no model can have.
     """
-    parts = (config.get(part) for part in _TEXT_PARTS)
-    text = next((part for part in parts if isinstance(part, dict)), config)
-    layers, hidden, vocab = (_first(text, names) for names in (_LAYERS, _HIDDEN, ("vocab_size",)))
-    heads = _first(text, _HEADS)
-    if heads is None and str(text.get("model_type", "")).startswith("mamba"):
-        heads = 0
-    found = {_LAYERS[0]: layers, _HIDDEN[0]: hidden, _HEADS[0]: heads, "vocab_size": vocab}
-    if layers is None or hidden is None or heads is None or vocab is None:
-        lacking = ", ".join(field for field, value in found.items() if value is None)
+    inner = (config.get(part) for part in TEXT_CONFIGS)
+    text = next((part for part in inner if isinstance(part, dict)), config)
+    layers, hidden, heads, vocab = _required(name, text)
+    if heads > hidden:
         raise SpecError(
-            f"{name}: its config.json lacks {lacking}", "a plan needs these fields: take the original file"
+            f"{name}: its config.json says {heads} heads for a hidden size of {hidden}", _ORIGINAL
         )
-    kv_heads = 1 if text.get("multi_query") is True else _first(text, _KV_HEADS) or heads
     if quantization is None:
         settings = config.get("quantization_config") or text.get("quantization_config")
         quantization = settings if isinstance(settings, dict) else {}
+    headers = _collapsed(tensors)
+    _require_layers(name, layers, headers)
     return ModelShape(
         name=name,
         config=text,
         quantization=quantization,
-        headers=_collapsed(tensors),
+        headers=headers,
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=kv_heads,
+        kv_heads=1 if text.get("multi_query") is True else _first(text, _KV_HEADS) or heads,
         head_dim=integer(text, "head_dim") or (hidden // heads if heads else 0),
         vocab=vocab,
         intermediate=_first(text, _WIDTHS) or 4 * hidden,
-        max_positions=_first(text, _POSITIONS),
+        max_positions=_first(text, POSITION_KEYS),
     )
+
+
+def _required(name: str, text: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Layers, hidden size, heads and vocabulary. Raises SpecError."""
+    fields = (_LAYERS, _HIDDEN, _HEADS, _VOCABULARY)
+    layers, hidden, heads, vocab = (_first(text, keys) for keys in fields)
+    if heads is None and model_type(text).startswith("mamba"):
+        heads = 0
+    if layers is not None and hidden is not None and heads is not None and vocab is not None:
+        return layers, hidden, heads, vocab
+    found = zip(fields, (layers, hidden, heads, vocab), strict=True)
+    lacking = [keys for keys, value in found if value is None]
+    for key in (key for keys in lacking for key in keys if text.get(key) is not None):
+        raise SpecError(f"{name}: its config.json says {key} = {_clipped_value(text[key])}", _ORIGINAL)
+    raise SpecError(f"{name}: its config.json lacks {', '.join(keys[0] for keys in lacking)}", _ORIGINAL)
+
+
+def _require_layers(name: str, layers: int, headers: Iterable[Header]) -> None:
+    """Refuse more layers than the files hold. Raises SpecError."""
+    numbers = [number for header in headers if (number := layer_number(header.name)) is not None]
+    if layers > LAYERS_MAX:
+        raise SpecError(f"{name}: its config.json says {layers} layers; no model has so many", _ORIGINAL)
+    if numbers and layers > max(numbers) + 1:
+        raise SpecError(
+            f"{name}: its config.json says {layers} layers, the files hold {max(numbers) + 1}",
+            "take config.json and weights of the same model",
+        )
+
+
+def layer_number(tensor: str) -> int | None:
+    """The hidden layer that a tensor belongs to by its name, None for one outside the text model's layers."""
+    found = _LAYER.search(tensor)
+    return int(found[1]) if found and not any(tower in tensor for tower in OTHER_TOWERS) else None
+
+
+def model_type(config: dict[str, Any]) -> str:
+    """The architecture as config.json names it, "" where it does not."""
+    named = config.get("model_type")
+    return named if isinstance(named, str) else ""
 
 
 def read_shape(name: str) -> ModelShape:
@@ -176,10 +219,19 @@ def _collapsed(tensors: Iterable[RawTensor]) -> tuple[Header, ...]:
 
 
 def integer(config: dict[str, Any], key: str) -> int | None:
-    """A positive integer of a configuration, else None."""
-    value = config.get(key)
-    return value if type(value) is int and value > 0 else None
+    """A positive integer of a configuration, as large as a size can be, else None."""
+    value = positive(config.get(key))
+    return value if value is not None and value <= SIZE_MAX else None
 
 
 def _first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
     return next((value for key in keys if (value := integer(config, key)) is not None), None)
+
+
+def _clipped_value(value: Any) -> str:
+    """A value for a message: a short one as it is, of a long one its kind."""
+    if isinstance(value, int) and abs(value) > SIZE_MAX:
+        return "a number beyond all sizes"
+    if isinstance(value, int | float | str | bool):
+        return clipped(str(value), 40)
+    return f"a {type(value).__name__}"

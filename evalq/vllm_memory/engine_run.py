@@ -8,6 +8,8 @@ because every worker gets the same number of blocks.
 from dataclasses import dataclass
 from typing import Literal
 
+from evalq.failures import CATEGORIES
+
 Status = Literal["success", "failed", "incomplete"]
 
 
@@ -122,6 +124,12 @@ class RunFailure:
     needed_gib: float | None = None
     available_gib: float | None = None
     longest: int | None = None
+
+    @property
+    def meaning(self) -> str:
+        """The category in words; stored results may hold one that this version does not know."""
+        known = CATEGORIES.get(self.category)
+        return known.meaning if known else "failed"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from evalq.checkpoint.shape import ModelShape, integer
+from evalq.checkpoint.damage import clipped
+from evalq.checkpoint.shape import LAYERS_MAX, ModelShape, integer, model_type
 from evalq.errors import SpecError
 
 Kind = Literal["full", "window", "chunk", "state"]
@@ -76,9 +77,9 @@ def cache_layers(shape: ModelShape, element_bytes: int = 2, tp: int = 1) -> list
     """
     found = next((key for key in _NOT_COVERED if shape.config.get(key) is not None), None)
     if found or shape.config.get("is_encoder_decoder") is True:
+        architecture = clipped(model_type(shape.config))
         raise SpecError(
-            f'{shape.name}: the cache of "{shape.config.get("model_type")}" ({found or "encoder-decoder"}) '
-            "is not known",
+            f'{shape.name}: the cache of "{architecture}" ({found or "encoder-decoder"}) is not known',
             "start vLLM once and read its log with: evalq memory LOG",
         )
     names = layer_names(shape)
@@ -100,7 +101,7 @@ def _layer(shape: ModelShape, name: str, attention: int, tp: int) -> list[CacheL
     if name in _BOTH:
         return [CacheLayer("full", attention), CacheLayer("state", _state_bytes(shape, tp))]
     raise SpecError(
-        f'{shape.name}: the cache of a layer of type "{name}" is not known',
+        f'{shape.name}: the cache of a layer of type "{clipped(name)}" is not known',
         "start vLLM once and read its log with: evalq memory LOG",
     )
 
@@ -118,19 +119,19 @@ def layer_names(shape: ModelShape) -> list[str]:
     for key in ("layer_types", "layers_block_type"):
         listed = config.get(key)
         if isinstance(listed, list) and len(listed) >= n:
-            return [str(name) for name in listed[:n]]
+            return [name if isinstance(name, str) else "?" for name in listed[:n]]
     pattern = config.get("hybrid_override_pattern")
     if isinstance(pattern, str) and len(pattern) == n:
         return list(pattern)
-    model_type = str(config.get("model_type", ""))
-    if model_type in _EVERY_NTH_FULL:
-        every = integer(config, "sliding_window_pattern") or _EVERY_NTH_FULL[model_type]
+    architecture = model_type(config)
+    if architecture in _EVERY_NTH_FULL:
+        every = integer(config, "sliding_window_pattern") or _EVERY_NTH_FULL[architecture]
         return [_FULL[0] if i % every == every - 1 else _WINDOW[0] for i in range(n)]
-    rule = _RULES.get(model_type)
+    rule = _RULES.get(architecture)
     if rule is not None:
         return [rule(config, i) for i in range(n)]
     window = config.get("sliding_window") and config.get("use_sliding_window") is not False
-    if window and model_type.startswith("qwen"):
+    if window and architecture.startswith("qwen"):
         # Qwen's default is no window, and where there is one the first layers go without.
         first = integer(config, "max_window_layers") or n
         window = config.get("use_sliding_window") is True
@@ -157,8 +158,8 @@ def _jamba(config: dict[str, Any], i: int) -> str:
 
 
 def _listed_attention(config: dict[str, Any], i: int) -> str:
-    indices = config.get("attn_layer_indices") or config.get("full_attn_idxs") or []
-    return _FULL[0] if i in indices else _STATE[0]
+    indices = config.get("attn_layer_indices") or config.get("full_attn_idxs")
+    return _FULL[0] if isinstance(indices, list) and i in indices[:LAYERS_MAX] else _STATE[0]
 
 
 _RULES: dict[str, Callable[[dict[str, Any], int], str]] = {
@@ -181,7 +182,7 @@ def _state_bytes(shape: ModelShape, tp: int) -> int:
     """Convolution and recurrent state of one sequence in one layer on one GPU."""
     config = shape.config
     named = config.get("mamba_ssm_dtype") or config.get("mamba_ssm_cache_dtype") or _state_default(shape)
-    recurrent_bytes = STATE_BYTES.get(str(named), 2)
+    recurrent_bytes = STATE_BYTES.get(named, 2) if isinstance(named, str) else 2
     if "linear_num_value_heads" in config:
         keys = _need(shape, "linear_num_key_heads") * _need(shape, "linear_key_head_dim")
         heads, width = _need(shape, "linear_num_value_heads"), _need(shape, "linear_value_head_dim")

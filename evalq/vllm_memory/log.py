@@ -26,7 +26,7 @@ INIT = re.compile(
 )
 ARGUMENTS = re.compile(r"^(?:non-default args: |args: Namespace\(|vLLM API server version )")
 # A number as vLLM and PyTorch print it. Without an end, "1.2.3" and 400 digits would be numbers too.
-NUMBER = r"-?(?:\d{1,18}+(?:,\d{3}){0,4}+(?:\.\d{1,20}+)?+|\.\d{1,20}+)"
+NUMBER = r"-?(?:[0-9]{1,18}+(?:,[0-9]{3}){0,4}+(?:\.[0-9]{1,20}+)?+|\.[0-9]{1,20}+)"
 
 LINE_CHARACTERS_MAX = 32_768
 LINES_MAX = 1_000_000

@@ -35,11 +35,16 @@ def plan(
     Raises:
         SpecError: settings that vLLM would refuse, or an architecture whose cache is not known.
     """
-    check(shape, settings)
+    check(shape, gpu, settings)
     max_len = settings.max_len or shape.max_positions
     if max_len is None:
         raise SpecError(f"{shape.name}: its config.json does not say how long a text may be", "add --max-len")
     layers, weights = _fullest_stage(shape, settings)
+    if not any(cached.bytes for layer in layers for cached in layer):
+        raise SpecError(
+            f"{shape.name}: by its config.json no layer on the fullest GPU keeps a KV cache",
+            "take the original config.json",
+        )
     if linear_bits is not None:
         in_bits = round(weights.linear_weights * linear_bits / 8)
         weights = replace(weights, files=weights.files - weights.linear + in_bits)

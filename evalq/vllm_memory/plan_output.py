@@ -3,10 +3,9 @@
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.text import Text
 
 from evalq.show.columns import MAJOR, MINOR, Column, print_columns
-from evalq.show.plain import plain
+from evalq.show.console import say
 from evalq.vllm_memory.activation import GIB, GRAPHS_COUNTED_FROM, GibRange
 from evalq.vllm_memory.plan_advice import Advice, FormatPlan
 from evalq.vllm_memory.plan_result import VllmPlan
@@ -35,14 +34,14 @@ _COLUMNS: tuple[Column[_Line], ...] = (
 
 def print_plan(plan: VllmPlan, advice: Advice, console: Console) -> None:
     """The table, then the verdict in one line, then what could be changed."""
-    console.print(Text(plain(_title(plan)), "dim"), soft_wrap=True)
+    say(console, (_title(plan), "dim"))
     print_columns(_lines(plan), _COLUMNS, console)
     console.print()
     style = _STYLES.get(plan.status, "red")
     head, colon, rest = plan.verdict.partition(":")
-    console.print(Text.assemble((head, f"bold {style}"), colon + plain(rest)), soft_wrap=True)
+    say(console, (head, f"bold {style}"), colon + rest)
     for line in [*_caution(plan), *_advice(plan, advice)]:
-        console.print(Text(f"  {plain(line)}"), soft_wrap=True)
+        say(console, f"  {line}")
 
 
 def _title(plan: VllmPlan) -> str:

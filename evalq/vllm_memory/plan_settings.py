@@ -1,8 +1,8 @@
 """How vLLM would be started, as far as its memory is concerned, and what it would refuse at once."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from evalq.checkpoint.shape import ModelShape
+from evalq.checkpoint.shape import SIZE_MAX, ModelShape
 from evalq.errors import SpecError
 from evalq.vllm_memory.activation import EngineStep, Version
 from evalq.vllm_memory.gpus import PlannedGpu
@@ -70,12 +70,16 @@ class PlanSettings:
         return EngineStep(self.max_num_batched_tokens or tokens, self.max_num_seqs or sequences)
 
 
-def check(shape: ModelShape, settings: PlanSettings) -> None:
+def check(shape: ModelShape, gpu: PlannedGpu, settings: PlanSettings) -> None:
     """Refuse what vLLM would refuse, in one line.
 
     Raises:
-        SpecError: tp or pp that do not divide, a length beyond the model's, a rank without a slot.
+        SpecError: tp or pp that do not divide, a length beyond the model's, a rank without a slot, a number
+            that no machine has.
     """
+    for name, value in (asdict(settings) | {"gpu_memory": gpu.total_gib}).items():
+        if isinstance(value, int | float) and value > SIZE_MAX:
+            raise SpecError(f"--{name.replace('_', '-')} is larger than any machine", f"at most {SIZE_MAX}")
     tp, pp = settings.tp, settings.pp
     if not divides(shape, tp):
         choices = ", ".join(str(n) for n in range(1, 65) if divides(shape, n))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from evalq.results.record import ResultRecord
 from evalq.vllm_memory import figures
@@ -20,6 +21,8 @@ from evalq.vllm_memory.recommend import recommendations
 from evalq.vllm_memory.run_failure import READY, find_failure
 
 _MODEL_LEN = re.compile(r"Using max model len (\d+)")
+# NaN and infinity are no figures either: neither is below it.
+_FIGURE_MAX = 1e18
 _INTEGER = re.compile(r"[0-9]{1,15}")
 
 
@@ -120,9 +123,25 @@ def runs_from_records(records: Sequence[ResultRecord]) -> list[EngineRun]:
     return [_recorded(record) for record in records if record.error or record.execution.get("memory")]
 
 
-def _breakdown(memory: Mapping[str, float]) -> MemoryBreakdown:
+def _breakdown(memory: Mapping[str, Any]) -> MemoryBreakdown:
     names = ("weights_gib", "peak_activation_gib", "non_torch_gib", "cuda_graphs_gib", "kv_cache_gib")
-    return MemoryBreakdown(*(memory.get(name) for name in names))
+    return MemoryBreakdown(*(_figure(memory.get(name)) for name in names))
+
+
+def _figure(value: Any) -> float | None:
+    """A number of a record; whatever else stands there counts as not known."""
+    return float(value) if type(value) in (int, float) and abs(value) < _FIGURE_MAX else None
+
+
+def _count(value: Any) -> int | None:
+    figure = _figure(value)
+    return None if figure is None else int(figure)
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of a record, empty where it is missing or no object."""
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _vllm_version(record: ResultRecord) -> str | None:
@@ -132,28 +151,27 @@ def _vllm_version(record: ResultRecord) -> str | None:
 
 
 def _recorded(record: ResultRecord) -> EngineRun:
-    memory = record.execution.get("memory") or {}
-    options = record.execution.get("options") or {}
-    tokens = memory.get("kv_cache_tokens")
-    error, predicted = record.error, record.execution.get("predicted")
+    memory, options = _section(record.execution, "memory"), _section(record.execution, "options")
+    predicted = _section(_section(record.execution, "predicted"), "memory")
+    error = record.error
     run = EngineRun(
         "failed" if error else "success",
         StartedEngine(
             record.label,
             version=_vllm_version(record),
-            max_model_len=options.get("max_model_len"),
-            tensor_parallel=options.get("tensor_parallel_size"),
+            max_model_len=_count(options.get("max_model_len")),
+            tensor_parallel=_count(options.get("tensor_parallel_size")),
             eager=bool(options.get("enforce_eager")),
         ),
         _breakdown(memory),
         DeviceMemory(
-            total_gib=memory.get("device_total_gib"),
-            utilization=options.get("gpu_memory_utilization"),
-            requested_gib=memory.get("requested_gib"),
+            total_gib=_figure(memory.get("device_total_gib")),
+            utilization=_figure(options.get("gpu_memory_utilization")),
+            requested_gib=_figure(memory.get("requested_gib")),
         ),
-        KvCache(tokens=None if tokens is None else int(tokens)),
-        StartSeconds(load=record.load_seconds),
+        KvCache(tokens=_count(memory.get("kv_cache_tokens"))),
+        StartSeconds(load=_figure(record.load_seconds)),
         RunFailure(error.category, error.message) if error else None,
-        predicted=_breakdown(predicted["memory"]) if predicted else None,
+        predicted=_breakdown(predicted) if predicted else None,
     )
     return replace(run, recommendations=(error.remedy,) if error else recommendations(run))

@@ -70,7 +70,7 @@ def _sentence(value: int, what: str, about: str, run: EngineRun) -> str:
 
 def _has_option(version: str | None) -> bool:
     """An unknown version counts as a new one."""
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version or "")[:3])
+    numbers = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", version or "")[:3])
     return not numbers or numbers >= _FIRST_WITH_OPTION
 
 

@@ -40,8 +40,8 @@ _KV_CACHE = re.compile(
     rf"which is larger than the available KV cache memory \(({NUMBER}) GiB"
 )
 _LONGEST = re.compile(
-    r"the estimated maximum model length is (\d{1,15})\b"
-    r"|maximum number of tokens that can be stored in KV cache \((\d{1,15})\)"  # V0
+    r"the estimated maximum model length is ([0-9]{1,15})(?![.,]?\w)"
+    r"|maximum number of tokens that can be stored in KV cache \(([0-9]{1,15})\)"  # V0
 )
 _GIB = {"bytes": 2**-30, "KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0}
 

@@ -9,11 +9,10 @@ from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
-from evalq.failures import CATEGORIES
 from evalq.show.columns import MAJOR, MINOR, Column, markdown_table, print_columns
-from evalq.show.plain import csv_cell, json_text, markdown_cell, plain
+from evalq.show.console import say
+from evalq.show.plain import csv_cell, json_text, markdown_cell
 from evalq.vllm_memory.engine_run import EngineRun, MemoryBreakdown, RunFailure
 
 _COLOR = {"success": "green", "failed": "red", "incomplete": "yellow"}
@@ -44,7 +43,10 @@ COLUMNS: tuple[Column[EngineRun], ...] = (
 
 def print_runs(runs: Sequence[EngineRun], console: Console) -> None:
     """The summary, then what each run says more, then failures with what to do."""
-    _say(console, "GPU memory in GiB (2**30 bytes) per GPU", "dim")
+    say(console, ("GPU memory in GiB (2**30 bytes) per GPU", "dim"))
+    if not runs:
+        say(console, "no engine said where its memory went: vLLM on a GPU does")
+        return
     print_columns(runs, COLUMNS, console)
     console.print()
     for run in (one for one in runs if one.failure is None):
@@ -54,26 +56,18 @@ def print_runs(runs: Sequence[EngineRun], console: Console) -> None:
 
 
 def _print_details(run: EngineRun, console: Console) -> None:
-    console.print(
-        Text.assemble((plain(run.engine.model), "bold"), "  ", (plain(_origin(run)), "dim")), soft_wrap=True
-    )
+    say(console, (run.engine.model, "bold"), "  ", (_origin(run), "dim"))
     for line in details(run):
-        _say(console, f"  {line}")
+        say(console, f"  {line}")
     if run.failure is not None:
-        meaning = CATEGORIES[run.failure.category].meaning
-        _say(console, f"  {run.failure.category}: {meaning}", "red")
+        say(console, (f"  {run.failure.category}: {run.failure.meaning}", "red"))
         for line in failure_lines(run.failure):
-            _say(console, f"    {line}")
+            say(console, f"    {line}")
     if run.status == "incomplete":
-        _say(console, "  the log ends before the engine is ready", "yellow")
+        say(console, ("  the log ends before the engine is ready", "yellow"))
     for line in run.recommendations:
-        _say(console, f"  → {line}")
+        say(console, f"  → {line}")
     console.print()
-
-
-def _say(console: Console, line: str, style: str = "") -> None:
-    """One line as it is; the terminal breaks it."""
-    console.print(Text(plain(line), style), soft_wrap=True)
 
 
 def short_name(model: str) -> str:

@@ -19,14 +19,14 @@ vLLM's "Model loading took" is what the headers say, with these differences (eac
 import math
 import re
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from evalq.checkpoint.families import STRAY_ENDINGS
-from evalq.checkpoint.shape import Header, ModelShape, integer
+from evalq.checkpoint.headers import config_groups
+from evalq.checkpoint.shape import OTHER_TOWERS, Header, ModelShape, integer, layer_number
 from evalq.checkpoint.weight_kinds import kind_of
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-_OTHER_TOWERS = ("vision", "visual", "audio", "speech")
 _NEVER_LOADED = ("rotary_emb.inv_freq", ".weight_shape", ".masked_bias", ".position_ids")
 _REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa", "shared_expert_gate", "embed_positions", "wpe")
 _ROW_PARALLEL = re.compile(r"(?:^|\.)(o_proj|down_proj|w2|out_proj|dense|dense_4h_to_h|fc2|c_proj|wo)[._]")
@@ -70,8 +70,7 @@ def stages(n_layers: int, pp: int) -> list[range]:
     sizes = [n_layers // pp] * pp
     for i in range(2, n_layers % pp + 2):
         sizes[-i] += 1
-    starts = [sum(sizes[:i]) for i in range(pp)]
-    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    return [range(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
 
 def rank_weights(
@@ -126,14 +125,13 @@ def _place(name: str, n_layers: int) -> int | str | None:
     """Layer number, "start", "head", "end" (final norm), or None for what is never loaded."""
     if name.endswith(_NEVER_LOADED) or name.startswith("mtp."):
         return None
-    found = _LAYER.search(name)
-    if found and not any(tower in name for tower in _OTHER_TOWERS):
-        number = int(found.group(1))
+    number = layer_number(name)
+    if number is not None:
         return number if number < n_layers else None
     kind = kind_of(name, 2)
     if kind == "head":
         return "head"
-    return "end" if "norm" in name and not any(tower in name for tower in _OTHER_TOWERS) else "start"
+    return "end" if "norm" in name and not any(tower in name for tower in OTHER_TOWERS) else "start"
 
 
 def _linear_weights(tensor: Header, shape: ModelShape) -> int | None:
@@ -149,9 +147,8 @@ def _linear_weights(tensor: Header, shape: ModelShape) -> int | None:
 
 def _bits(quantization: dict[str, Any]) -> int:
     """Bits of one code in a packed 32-bit word."""
-    groups = quantization.get("config_groups")
-    schemes = [g.get("weights") or {} for g in groups.values()] if isinstance(groups, dict) else []
-    settings = (*schemes, quantization)
+    schemes = (group.get("weights") for group in config_groups(quantization))
+    settings = (*(scheme for scheme in schemes if isinstance(scheme, dict)), quantization)
     found = (integer(part, key) for part in settings for key in ("num_bits", "bits", "w_bit"))
     return next((bits for bits in found if bits), 4)
 
@@ -198,14 +195,20 @@ def _rope_bytes(shape: ModelShape) -> int:
     learned = any("embed_positions" in t.name or "wpe" in t.name.split(".") for t in shape.headers)
     if not shape.heads or learned or shape.config.get("alibi") is True:
         return 0
-    parameters = shape.config.get("rope_parameters")
-    factor = shape.config.get("partial_rotary_factor") or (
-        parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
-    )
-    dims = integer(shape.config, "qk_rope_head_dim") or shape.head_dim * float(factor or 1)
+    dims = integer(shape.config, "qk_rope_head_dim") or shape.head_dim * _rotary_share(shape.config)
     # Models with local layers turn those by another base frequency.
     tables = 2 if "rope_local_base_freq" in shape.config else 1
     return round(tables * (shape.max_positions or 0) * dims * 2)
+
+
+def _rotary_share(config: dict[str, Any]) -> float:
+    """The part of a head's width that is rotated."""
+    parameters = config.get("rope_parameters")
+    inner = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
+    for factor in (config.get("partial_rotary_factor"), inner):
+        if isinstance(factor, int | float) and 0 < factor <= 1:
+            return float(factor)
+    return 1.0
 
 
 def _mla_bytes(shape: ModelShape, n_layers: int) -> int:

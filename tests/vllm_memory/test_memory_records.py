@@ -50,6 +50,21 @@ def test_a_failed_model_has_its_category_and_remedy() -> None:
     assert "no_kv_memory" in text and "→ raise it" in text
 
 
+ODD = [None, "x", [], {}, True, float("nan"), float("inf"), 10**400, -1, "\x1b[31m"]
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_a_stored_record_with_odd_values(value: Any) -> None:
+    options = {"max_model_len": value, "tensor_parallel_size": value, "gpu_memory_utilization": value}
+    sections = [dict.fromkeys(MEMORY, value), value]
+    for memory in sections:
+        execution = {"memory": memory, "options": options, "predicted": {"memory": memory}}
+        said = "vLLM BF16" if memory else "no engine said where its memory went"
+        assert said in shown(record(execution=execution), record())
+    error = Failure(category="of_another_version", message="why", remedy="what to do")
+    assert "of_another_version: failed" in shown(record(status="failed", error=error))
+
+
 def test_the_flag_prints_the_table(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     models = runs.models({"options": {"misbehave": "oom-load"}}, {})
     code, _ = runs.compare(runs.data(), models, more=("--memory",))
