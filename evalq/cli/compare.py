@@ -16,22 +16,30 @@ if TYPE_CHECKING:
     from evalq.results.record import ResultRecord
     from evalq.spec import DataSpec, ModelSpec
 
+# As in evalq.data.protocols, whose import is too slow for --help.
+PROTOCOL_NAMES = ("exllamav3", "qbench", "hf-strided", "gptq", "llama.cpp", "lm-eval")
+
 DESCRIPTION = """\
 Score quantized models on one text and compare perplexity per bit.
 
 Each model runs in a process of its own; one that fails is reported and the others go on. Results are kept:
-the same command again shows them at once, and a run that was interrupted continues where it was."""
+the same command again shows them at once, and a run that was interrupted continues where it was. Every model
+is also compared, token by token, with a reference: the unquantized model where there is one."""
 
 EXAMPLES = """\
 examples:
-  compare.py -d sample.json -m bf16.json int4.json -p        a first comparison, without WikiText-2
-  compare.py -d wiki2.json -m nvfp4.json exl3.json -p        WikiText-2, chart in plots/out/
-  compare.py -d wiki.test.raw -m bf16/ a.gguf owner/name     no specs: a text, a folder, a file, a hub name
-  compare.py -d wiki2.json -m my/*.json --markdown           your own models, as a table for a README
-  compare.py -d wiki2.json -m gguf.json --protocol llama.cpp the windows of llama-perplexity
-  compare.py -d wiki2.json -m exl3.json -p -v -dark          GiB instead of bits per weight, dark
+  %(prog)s -d sample.json -m bf16.json int4.json -p        a first comparison, without WikiText-2
+  %(prog)s -d wiki2.json -m nvfp4.json exl3.json -p        WikiText-2, chart in plots/out/
+  %(prog)s -d wiki.test.raw -m bf16/ a.gguf owner/name     no specs: a text, a folder, a file, a hub name
+  %(prog)s -d wiki2.json -m my/*.json --markdown           your own models, as a table for a README
+  %(prog)s -d wiki2.json -m gguf.json --protocol llama.cpp the windows of llama-perplexity
+  %(prog)s -d wiki2.json -m exl3.json -p -v -dark          GiB instead of bits per weight, dark
 
+a data spec:   {"dataset": "text", "path": "my.txt", "protocol": "exllamav3", "eval_len": 2048}
+a model spec:  {"load_fn": "hf", "label": "INT4 g128", "model_dir": "models/int4"}      or a list of these
 A spec without a path that is not in this folder is looked up among the shipped ones (evalq/specs).
+"evalq backends -v" lists load_fn and the options of each engine.
+
 exit code: 0 all scored, 1 some model failed, 2 bad usage or spec, 130 interrupted"""
 
 
@@ -52,8 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--engine", metavar="NAME", help="for models named without a spec (default: by their files)"
     )
-    what.add_argument("-mask", "--mask", metavar='"A;B"', help="only models whose label holds one of these")
-    what.add_argument("--protocol", metavar="NAME", help="instead of the data spec's, with its own stride")
+    what.add_argument("-mask", "--mask", metavar='"A;B"', help="only models whose label contains A or B")
+    what.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help="instead of the data spec's, with its own stride: " + ", ".join(PROTOCOL_NAMES),
+    )
     what.add_argument("--max-rows", type=count, metavar="N", help="at most N windows, for a quick look")
     plot = parser.add_argument_group("chart")
     plot.add_argument("-p", "--plot", action="store_true", help="draw bits per weight against perplexity")
@@ -66,10 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     plot.add_argument("-mx", "--max_x", type=float, metavar="X", help="leave out points right of X")
     plot.add_argument("-my", "--max_y", type=float, metavar="Y", help="leave out points above Y")
-    plot.add_argument("-dark", "--dark", action="store_true", help="light on dark")
+    plot.add_argument("-dark", "--dark", action="store_true", help="chart with a dark background")
     plot.add_argument("--show", action="store_true", help="open a window as well, where there is a display")
     out = parser.add_argument_group("output")
-    out.add_argument("--json", metavar="FILE", help="the records as a list; - for standard output")
+    out.add_argument("--json", metavar="FILE", help="all that is known of each model; - for standard output")
     out.add_argument("--csv", metavar="FILE", help="one line per model; - for standard output")
     out.add_argument(
         "--markdown", nargs="?", const="-", metavar="FILE", help="a table for a README (default: -)"
@@ -81,7 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how to run")
     add_store(how)
     how.add_argument(
-        "-cc", "--clear_cache", action="store_true", help="score the named models on this data anew"
+        "-cc",
+        "--clear_cache",
+        action="store_true",
+        help="score these models on this data again, although they are stored",
     )
     how.add_argument("--timeout", type=seconds, metavar="S", help="give a model up after S seconds")
     how.add_argument(

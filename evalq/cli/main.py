@@ -16,17 +16,31 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 
 from evalq.version import __version__
 
+DESCRIPTION = """\
+Which quantized version of a language model keeps the most quality per bit and per GiB?
+
+Every model reads the same text. Perplexity says how well it predicts it, lower is better; bits per weight and
+GiB say what that costs. Models are folders, GGUF files, names on the hub, or specs (JSON)."""
+
+EXAMPLES = """\
+examples:
+  evalq compare -d sample.json -m bf16/ int4/ Q4_K_M.gguf -p    three versions: table and chart
+  evalq inspect owner/name                                      is this checkpoint what it says
+  evalq backends                                                which engines are here, how to get the others
+
+evalq COMMAND --help says more."""
+
 # Name: what `evalq --help` says of it, its module.
 COMMANDS = {
-    "compare": ("score models on one text, table and chart", "evalq.cli.compare"),
-    "results": ("what the store holds", "evalq.cli.results"),
-    "inspect": ("what is inside a checkpoint", "evalq.cli.inspect"),
-    "plan": ("will it fit on a GPU with vLLM", "evalq.cli.plan"),
-    "memory": ("what vLLM's logs say about memory", "evalq.cli.memory"),
-    "dequantize": ("plain weights out of packed ones", "evalq.cli.dequantize"),
-    "merge-lora": ("an adapter merged into its base", "evalq.cli.merge_lora"),
-    "backends": ("engines: installed versions, or what to install; their options", "evalq.cli.backends"),
-    "env": ("GPU, driver, CPU, RAM and versions, as kept in every record", "evalq.cli.env"),
+    "compare": ("score models on one text; table and chart", "evalq.cli.compare"),
+    "results": ("show the results that are stored", "evalq.cli.results"),
+    "inspect": ("look into a checkpoint: format, bits, what is wrong with it", "evalq.cli.inspect"),
+    "plan": ("will a model fit on a GPU with vLLM", "evalq.cli.plan"),
+    "memory": ("read from vLLM's logs where the memory went", "evalq.cli.memory"),
+    "dequantize": ("write packed weights as plain ones", "evalq.cli.dequantize"),
+    "merge-lora": ("merge a LoRA adapter into its base", "evalq.cli.merge_lora"),
+    "backends": ("list engines: what is installed, what to install, their options", "evalq.cli.backends"),
+    "env": ("show GPU, driver, CPU, RAM and versions, for a bug report", "evalq.cli.env"),
 }
 
 
@@ -43,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The `evalq` command."""
     parser = _Parser(
         prog="evalq",
-        description="Which quantized version of a model keeps the most quality per bit and per GiB?",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
         formatter_class=RawDescriptionRichHelpFormatter,
         allow_abbrev=False,
     )
@@ -56,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _declare(commands.add_parser(name, help=text), command)
         else:
             commands.add_parser(name, help=text)  # listed; its module is imported when it is asked for
+    if not given:
+        parser.print_help()
+        return 2
     return _run(parser.parse_args(given))
 
 

@@ -16,7 +16,9 @@ shapes that differ, one with more than LoRA on linear layers (DoRA, trained bias
 EXAMPLES = """\
 examples:
   evalq merge-lora models/bf16 adapters/mine models/merged
-  evalq merge-lora models/int4 adapters/mine models/merged        the INT4 weights, dense, plus the adapter"""
+  evalq merge-lora models/int4 adapters/mine models/merged        the INT4 weights, dense, plus the adapter
+
+exit code: 0 written, 2 nothing was written, and why"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

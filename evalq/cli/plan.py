@@ -21,6 +21,7 @@ examples:
   evalq plan meta-llama/Llama-3.1-8B-Instruct --gpu H100 --max-len 16000
   evalq plan models/my-70b-fp8 --gpu H100 --tp 2 --kv-dtype fp8
   evalq plan models/my-8b --gpu-memory 15.6 --lora-rank 16      a GPU that is not in the list
+
 exit code: 0 it fits, 1 it does not, 2 bad usage or model"""
 
 
@@ -29,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint directory, or owner/name on the hub")
     parser.add_argument("--gpu", metavar="NAME", help="H100, A100-40GB, RTX 4090, ...: its memory is known")
     parser.add_argument(
-        "--gpu-memory", type=positive, metavar="GIB", help="total memory as CUDA reports it, instead"
+        "--gpu-memory",
+        type=positive,
+        metavar="GIB",
+        help="total memory as CUDA reports it, for a GPU without a known name",
     )
     parser.add_argument("--tp", type=count, default=1, metavar="N", help="GPUs that share each layer")
     parser.add_argument(
@@ -43,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-dtype",
         default="auto",
         choices=("auto", "fp8", "fp8_e4m3", "fp8_e5m2"),
-        help="of the KV cache (default auto: 16 bits)",
+        help="type of the KV cache (default auto: 16 bits)",
     )
     parser.add_argument("--lora-rank", type=count, default=0, metavar="R", help="slots for LoRA adapters")
     parser.add_argument(
@@ -58,7 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
     parser.add_argument(
-        "--vllm", type=_version, default=(0, 26), metavar="VERSION", help="its version (default 0.26)"
+        "--vllm",
+        type=_version,
+        default=(0, 26),
+        metavar="VERSION",
+        help="version of vLLM to plan for (default 0.26)",
     )
     parser.add_argument(
         "--activation",

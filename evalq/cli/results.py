@@ -21,7 +21,9 @@ EXAMPLES = """\
 examples:
   evalq results                                 the user's own store
   evalq results --store /data/evalq             another one, which may be read-only
-  evalq results --json | jq '.[].ppl'           the records, for a script"""
+  evalq results --json | jq '.[].ppl'           the records, for a script
+
+exit code: 0, also where some result is damaged"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

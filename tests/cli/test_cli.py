@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, Runs
 
-from evalq.cli.main import compare_main, main
+from evalq.cli.main import COMMANDS, compare_main, main
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -315,3 +315,28 @@ def test_help_teaches_and_imports_no_library_for_it(command: list[str]) -> None:
     assert "compare" in run.stdout
     if "evalq" not in command or "compare" in command:
         assert "examples:" in run.stdout and "exit code" in run.stdout
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_every_command_teaches(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "examples:" in out and f"evalq {command}" in out
+    assert "%(" not in out and max(map(len, out.splitlines())) <= 115
+
+
+def test_help_names_every_protocol(capsys: pytest.CaptureFixture[str]) -> None:
+    from evalq.cli.compare import PROTOCOL_NAMES
+    from evalq.data.protocols import PROTOCOLS
+
+    assert sorted(PROTOCOL_NAMES) == sorted(PROTOCOLS)
+
+
+def test_evalq_alone_shows_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS) and "examples:" in out
