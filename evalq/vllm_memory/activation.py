@@ -30,7 +30,7 @@ Version = tuple[int, int]
 
 @dataclass(frozen=True)
 class GibRange:
-    """An estimate in GiB, and between what it was seen or can be argued to lie."""
+    """An estimate in GiB with the lowest and the highest value to expect."""
 
     low: float
     expected: float
@@ -93,7 +93,7 @@ def peak_activation(shape: ModelShape, step: EngineStep, tp: int, version: Versi
 
 
 def _forward_width(shape: ModelShape, tp: int) -> float:
-    """Elements alive per token in the widest layer."""
+    """Elements per token that the widest layer holds at once."""
     dense = 3 * shape.intermediate / tp + 4 * shape.hidden
     if not any(integer(shape.config, key) for key in EXPERT_COUNTS):
         return dense
@@ -105,12 +105,12 @@ def _forward_width(shape: ModelShape, tp: int) -> float:
 
 
 def non_torch(n_gpus: int) -> GibRange:
-    """Memory torch knows nothing of, on each of the GPUs that work together."""
+    """Memory outside torch's allocator, on each of the GPUs that work together."""
     return GibRange(0.1, 0.14, 0.25) if n_gpus == 1 else GibRange(0.5, 0.55, 1.2)
 
 
 def cuda_graphs(version: Version, eager: bool) -> GibRange:
-    """What graphs take from the budget."""
+    """What CUDA graphs take from the requested memory."""
     if eager or version < GRAPHS_COUNTED_FROM:
         return GibRange(0.0, 0.0, 0.0)
     return GibRange(0.1, 0.4, 1.0)

@@ -101,7 +101,7 @@ def _lines(data: bytes, encoding: str, where: str) -> list[LogLine]:
 
 
 def parse_line(number: int, text: str) -> LogLine:
-    """Take a line apart; what is beyond `LINE_CHARACTERS_MAX` is left out."""
+    """Split a line into process and message; what is beyond `LINE_CHARACTERS_MAX` is left out."""
     rest = _ANSI.sub("", text[:LINE_CHARACTERS_MAX]).rstrip()
     at, process = _end(_LEAD, rest, 0), ""
     while match := _PROCESS.match(rest, at):

@@ -99,9 +99,9 @@ class VllmPlan:
         """The outcome and its figures in one line."""
         parts = (
             f"{self.weights_gib:.2f} GiB of weights, {self.activation.expected:.2f} of activations and "
-            f"{self.non_torch.expected + self.graphs.expected:.2f} besides"
+            f"{self.non_torch.expected + self.graphs.expected:.2f} of other memory"
         )
-        budget = f"the {self.budget_gib:.2f} GiB of utilization {self.settings.budget_share:g}"
+        budget = f"the {self.budget_gib:.2f} GiB that utilization {self.settings.budget_share:g} allows"
         if self.status == "does_not_load":
             return (
                 f"does not load: {self.weights_gib:.2f} GiB of weights per GPU and "

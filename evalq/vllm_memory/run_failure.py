@@ -2,9 +2,9 @@
 
 An exception in a worker is printed by the worker, by the engine core and by the program, each with words of
 its own ("Engine core initialization failed. See root cause above."). Where only such reports are left, a
-process ended without a word, which is what a kill by the system looks like. An exception that vLLM got over,
-in a run whose engine became ready, is no failure. A KV cache of less than nothing is one even where the log
-ends before the error.
+process ended without an error of its own, which is what a kill by the system looks like. An exception before
+the engine became ready is no failure: vLLM recovered from it. A KV cache of less than nothing is one even
+where the log ends before the error.
 """
 
 import re
@@ -55,7 +55,7 @@ class _Raised:
 
     @property
     def message(self) -> str:
-        """Its own words in one line; pydantic puts them below its count of errors."""
+        """The error in one line. pydantic prints a count of errors, and the error in the line below."""
         first, *more = self.text.split("\n")
         if "validation error for" in first and more:
             first = more[0].strip().partition(" [type=")[0].replace("Value error, ", "ValueError: ", 1)
@@ -118,7 +118,7 @@ def _raised(lines: Sequence[LogLine]) -> list[_Raised]:
 
 
 def _ended_by_signal(lines: Sequence[LogLine], stage: str) -> RunFailure | None:
-    """A process that ended without a word."""
+    """The first process that a signal ended, where a line says so."""
     for line in lines:
         if code := _signal(line.message):
             error = from_exit(-code, stage, "")

@@ -7,6 +7,7 @@ import math
 import re
 import struct
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def _read_log(data: bytes) -> None:
     json.loads(run_output.as_json(runs))
 
 
+@cache
 def _models() -> list[dict[str, Any]]:
     """The model shapes of the tests, cut down: {"config": {...}, "tensors": {name: [dtype, shape]}}."""
     found = []
@@ -117,9 +119,9 @@ def _plan(config: bytes, tensors: dict[str, Any]) -> None:
         PlanSettings(cpu_offload_gib=1.0),
     ):
         planned = plan(shape, gpu, settings)
-        advice = advise(shape, gpu, settings, planned)
-        print_plan(planned, advice, Console(file=io.StringIO(), width=80, force_terminal=True))
-        json.dumps(planned.as_dict() | {"advice": advice.as_dict()})
+    advice = advise(shape, gpu, settings, planned)
+    print_plan(planned, advice, Console(file=io.StringIO(), width=80, force_terminal=True))
+    json.dumps(planned.as_dict() | {"advice": advice.as_dict()})
 
 
 def _write_header(path: Path, tensors: dict[str, Any]) -> None:
