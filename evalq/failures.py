@@ -149,9 +149,9 @@ def from_exception(error: BaseException, stage: str) -> ModelError:
 
 
 def from_exit(returncode: int, stage: str, log_tail: str) -> ModelError:
-    """The ModelError for a worker that ended without a word: a signal, or an exit from native code."""
+    """The ModelError for a worker that ended without a Python error: a signal, or an exit of native code."""
     if returncode != -signal.SIGKILL:  # of a kill the log knows nothing
-        # Engines also log what a pattern matches and nobody died of: "multicast is not supported".
+        # Engines also log harmless lines that a pattern matches: "multicast is not supported".
         for line in filter(_TELLS_AN_ERROR.search, reversed(log_tail.splitlines())):
             found = classify(line, stage)
             if found != "engine_error":
