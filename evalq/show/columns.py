@@ -9,13 +9,14 @@ To a pipe or a file a table goes in its full width. All text, headers included, 
     print_columns(runs, columns, console)
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
 from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
@@ -28,10 +29,8 @@ Row = TypeVar("Row")
 # on a line of its own does not make enough room; those at ALWAYS never.
 ALWAYS, MAJOR, MINOR = 0, 1, 2
 
-# Wider than any table, for consoles whose width means nothing.
-UNLIMITED = 1_000_000
 _FOLDED_CHARS = 24
-_INDENT = 2
+_INDENT = _GAP = 2
 
 
 @dataclass(frozen=True)
@@ -67,20 +66,20 @@ def print_columns(
     Returns:
         The columns that were shown.
     """
-    width = console.width if console.is_terminal else UNLIMITED
-    kept, stacked = _layout(rows, columns, console, width)
+    filled = [_fill(column, rows) for column in columns]
+    room = console.width if console.is_terminal else math.inf
+    kept, stacked = _layout(filled, room)
     if stacked:
-        _print_stacked(rows, kept, console)
+        _print_stacked(kept, console)
     else:
-        table = _table(rows, kept, header)
-        table.width = min(width, _width(table, console))
+        table = _table(kept, header)
+        table.width = int(min(room, _width([one.width for one in kept])))
         console.print(table, crop=False)
-    left_out = [column for column in columns if column not in kept]
+    left_out = [" ".join(one.header) for one in filled if one not in kept]
     if left_out:
-        names = ", ".join(" ".join(plain_lines(column.header)) for column in left_out)
-        line = f"no room for: {names} (a wider terminal shows all columns, and so does | cat)"
+        line = f"no room for: {', '.join(left_out)} (a wider terminal shows all columns, and so does | cat)"
         console.print(Text(line, "dim"), soft_wrap=True)
-    return kept
+    return [one.column for one in kept]
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column[Row]]) -> str:
@@ -93,71 +92,94 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column[Row]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def plain_lines(header: str) -> list[str]:
-    """The lines of a header, each safe to show."""
-    return [plain(line) for line in header.split("\n")]
+@dataclass(frozen=True)
+class _Filled(Generic[Row]):
+    """A column with its texts, safe to show.
+
+    Args:
+        column: as declared.
+        header: its lines.
+        cells: one per row.
+        width: characters of the widest.
+    """
+
+    column: Column[Row]
+    header: list[str]
+    cells: list[Text]
+    width: int
+
+    @property
+    def least_width(self) -> int:
+        """How narrow it may become."""
+        return min(self.width, _FOLDED_CHARS) if self.column.folds else self.width
 
 
-def _layout(
-    rows: Sequence[Row], columns: Sequence[Column[Row]], console: Console, width: int
-) -> tuple[list[Column[Row]], bool]:
+def _fill(column: Column[Row], rows: Sequence[Row]) -> _Filled[Row]:
+    header = [plain(line) for line in column.header.split("\n")]
+    cells = [Text(plain(column.text(row)), column.style(row)) for row in rows]
+    widest = max(map(cell_len, header))
+    return _Filled(column, header, cells, max([widest, *(cell.cell_len for cell in cells)]))
+
+
+def _width(widths: Sequence[int]) -> int:
+    """Characters of a table with columns of these widths."""
+    return sum(widths) + _GAP * max(0, len(widths) - 1)
+
+
+def _layout(columns: list[_Filled[Row]], room: float) -> tuple[list[_Filled[Row]], bool]:
     """The columns that fit, and whether the first stands above the others."""
     for kept in _narrower(columns, MAJOR):
-        if _width(_table(rows, kept, True, folded=True), console) <= width:
+        if _width([one.least_width for one in kept]) <= room:
             return kept, False
-    kept = list(columns)
+    kept = columns
     for kept in _narrower(columns, ALWAYS):
-        if _width(_table(rows, kept[1:], True, folded=True), console) + _INDENT <= width:
+        if _INDENT + _width([one.least_width for one in kept[1:]]) <= room:
             break
     return kept, len(kept) > 1
 
 
-def _narrower(columns: Sequence[Column[Row]], least: int) -> Iterator[list[Column[Row]]]:
+def _narrower(columns: list[_Filled[Row]], least: int) -> Iterator[list[_Filled[Row]]]:
     """All columns, then ever fewer, down to those whose priority is at most `least`."""
-    kept = list(columns)
+    kept = columns
     yield kept
-    while any(column.priority > least for column in kept):
-        worst = max(column.priority for column in kept)
-        last = max(i for i, column in enumerate(kept) if column.priority == worst)
+    while any(one.column.priority > least for one in kept):
+        worst = max(one.column.priority for one in kept)
+        last = max(i for i, one in enumerate(kept) if one.column.priority == worst)
         kept = kept[:last] + kept[last + 1 :]
         yield kept
 
 
-def _table(rows: Sequence[Row], columns: Sequence[Column[Row]], header: bool, folded: bool = False) -> Table:
-    """Rich's table; `folded`: as narrow as columns that fold may become."""
+def _table(columns: list[_Filled[Row]], header: bool) -> Table:
     table = Table(
         box=SIMPLE_HEAD, header_style="bold", show_header=header, show_edge=False, pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=(0, _GAP - 1, 0, 0),
     )  # fmt: skip
-    for column in columns:
+    for one in columns:
+        folds = one.column.folds
         table.add_column(
-            Text("\n".join(plain_lines(column.header))),
-            justify="right" if column.right else "left",
-            no_wrap=not column.folds,
-            overflow="fold" if column.folds else "crop",
-            max_width=_FOLDED_CHARS if folded and column.folds else None,
+            Text("\n".join(one.header)),
+            justify="right" if one.column.right else "left",
+            no_wrap=not folds,
+            overflow="fold" if folds else "crop",
+            width=None if folds else one.width,
         )
-    for row in rows:
-        table.add_row(*(Text(plain(column.text(row)), column.style(row)) for column in columns))
+    for cells in zip(*(one.cells for one in columns), strict=True):
+        table.add_row(*cells)
     return table
 
 
-def _width(table: Table, console: Console) -> int:
-    """Characters that a table needs."""
-    return Measurement.get(console, console.options.update(width=UNLIMITED), table).maximum
-
-
-def _print_stacked(rows: Sequence[Row], columns: Sequence[Column[Row]], console: Console) -> None:
+def _print_stacked(columns: list[_Filled[Row]], console: Console) -> None:
     """The first column of each row on a line of its own, the others under it."""
     first, others = columns[0], columns[1:]
-    table = _table(rows, others, header=True)
-    table.width = _width(table, console)
+    table = _table(others, header=True)
+    table.width = _width([one.width for one in others])
     lines = console.render_lines(table, console.options.update(width=table.width), new_lines=True)
-    titles, cells = lines[: len(lines) - len(rows)], lines[len(lines) - len(rows) :]
+    n_rows = len(first.cells)
+    titles, numbers = lines[: len(lines) - n_rows], lines[len(lines) - n_rows :]
     indent = Segment(" " * _INDENT)
-    console.print(Text(" ".join(plain_lines(first.header)), "bold"), soft_wrap=True)
+    console.print(Text(" ".join(first.header), "bold"), soft_wrap=True)
     for line in titles:
         console.print(Segments([indent, *line]), end="", crop=False)
-    for row, line in zip(rows, cells, strict=True):
-        console.print(Text(plain(first.text(row)), first.style(row)), soft_wrap=True)
+    for cell, line in zip(first.cells, numbers, strict=True):
+        console.print(cell, soft_wrap=True)
         console.print(Segments([indent, *line]), end="", crop=False)

@@ -59,6 +59,8 @@ def json_text(value: Any) -> str:
     NaN and infinity, for which JSON has no word, become null.
     """
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False)
+    if text.replace("\n", "").isprintable():
+        return text + "\n"
     # json escapes C0 itself; what is left stands inside strings, where an escape means the same character.
     shown = (c if c.isprintable() or c == "\n" or c in _JOINERS else json.dumps(c)[1:-1] for c in text)
     return "".join(shown) + "\n"
