@@ -13,7 +13,7 @@ from evalq.inspect.engines import Verdict, verdicts
 from evalq.inspect.facts import Facts, facts_of
 from evalq.inspect.layers import PartBits, parts_of, unquantized
 from evalq.inspect.lora import Lora, lora_of
-from evalq.inspect.machine import Machine, this_machine
+from evalq.machine import Machine, this_machine
 
 __all__ = ["Finding", "Inspection", "check", "inspect_model", "inspect_checkpoint", "open_model"]
 

@@ -20,8 +20,8 @@ from evalq.checkpoint.headers import Checkpoint, config_groups
 from evalq.checkpoint.safetensors import Logical
 from evalq.errors import EvalqError
 from evalq.inspect.facts import Facts
-from evalq.inspect.machine import Machine
 from evalq.interpreters import versions
+from evalq.machine import Machine
 from evalq.registry import backend, backend_names
 from evalq.spec.config import engine_python
 
@@ -215,7 +215,7 @@ def _hardware(
             yield f"its CPU kernel needs sides that are multiples of 32: {odd}"
         return
     for gpu in machine.gpus:
-        if rule.capability is not None and gpu.capability < rule.capability:
+        if rule.capability and gpu.capability and gpu.capability < rule.capability:
             has, least = (".".join(map(str, pair)) for pair in (gpu.capability, rule.capability))
             yield f"needs compute capability {least}; {gpu.name} has {has}"
             return

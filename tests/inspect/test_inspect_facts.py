@@ -28,12 +28,12 @@ from evalq.inspect.engines import ENGINES, verdicts, weight_format
 from evalq.inspect.facts import facts_of
 from evalq.inspect.layers import part_of, parts_of, unquantized
 from evalq.inspect.lora import lora_of
-from evalq.inspect.machine import Gpu, Machine, parse_gpus
+from evalq.machine import Gpu, Machine
 
 LLAMA_8B = 8_030_261_248
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-H200 = Machine(128 * GIB, (Gpu("NVIDIA H200", (9, 0), 140 * GIB),))
-T4 = Machine(16 * GIB, (Gpu("Tesla T4", (7, 5), 15 * GIB),))
+H200 = Machine(128 * GIB, (Gpu("NVIDIA H200", 140 * GIB, "570.86", (9, 0)),))
+T4 = Machine(16 * GIB, (Gpu("Tesla T4", 15 * GIB, "570.86", (7, 5)),))
 NO_GPU = Machine(64 * GIB, ())
 
 
@@ -293,13 +293,3 @@ def test_sides_that_the_cpu_kernel_of_vllm_lacks(tmp_path, monkeypatch):
     # The CPU build is one on a machine with a GPU too.
     source = eight_billion(tmp_path / "nvfp4", nvfp4, compressed(4, "nvfp4-pack-quantized", "float"))
     assert "needs an NVIDIA GPU of compute capability 7.5" in why(source, H200)["vllm"]
-
-
-def test_gpus_of_nvidia_smi():
-    rows = "NVIDIA H200, 9.0, 143771\nNVIDIA A100, 8.0, 81920\nbroken, row\n"
-    assert parse_gpus(rows) == (
-        Gpu("NVIDIA H200", (9, 0), 143771 * 2**20),
-        Gpu("NVIDIA A100", (8, 0), 81920 * 2**20),
-    )
-    assert Machine(GIB, parse_gpus(rows)).memory_bytes == (143771 + 81920) * 2**20
-    assert Machine(GIB, ()).memory_bytes == GIB
