@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from checkpoints import make_tiny
 from filelock import FileLock
-from safetensors.numpy import save_file
 
 from evalq.cli.main import compare_main
 
@@ -44,20 +43,6 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny(tmp_path: Path) -> Path:
     """A checkpoint directory that headers can be read from; only the fake backend can score it."""
     return make_tiny(tmp_path / "tiny")
-
-
-def make_tiny(folder: Path, seed: int = 0, **config: Any) -> Path:
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    tensors = {
-        "model.embed_tokens.weight": rng.normal(size=(258, 8)).astype(np.float16),
-        "model.layers.0.mlp.up_proj.weight": rng.normal(size=(16, 8)).astype(np.float16),
-        "model.layers.0.input_layernorm.weight": np.ones(8, np.float16),
-    }
-    save_file(tensors, folder / "model.safetensors")
-    facts = {"model_type": "llama", "tie_word_embeddings": True, "vocab_size": 258, "torch_dtype": "float16"}
-    (folder / "config.json").write_text(json.dumps(facts | config))
-    return folder
 
 
 class Runs:

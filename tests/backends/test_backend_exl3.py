@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Runs, make_tiny
+from checkpoints import make_tiny
+from conftest import Runs
 from safetensors import safe_open
 from safetensors.numpy import save_file
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import psutil
 import pytest
+from checkpoints import headers_only
 from conftest import Runs
 from gpu_models import make_model
-from sparse_models import headers_only
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.filterwarnings("default")]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_writers import around, write_checkpoint, write_shards
+from checkpoints import around, write_model, write_shards
 from safetensors.torch import save_file
 
 from evalq.checkpoint.headers import open_checkpoint
@@ -80,7 +80,7 @@ def test_absurd_header_length(tmp_path, length):
 
 
 def test_truncated_at_any_length(tmp_path):
-    write_checkpoint(tmp_path, GOOD)
+    write_model(tmp_path, GOOD)
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
     for length in (*range(0, 600, 7), len(whole) - 1):
@@ -127,7 +127,7 @@ def test_broken_index(tmp_path, text):
     ("text", "words"), [(b'{"a": 1,\n "b" 2}', "line 2, column 6"), (b"\xff", "not UTF-8")]
 )
 def test_broken_config(tmp_path, text, words):
-    write_checkpoint(tmp_path, GOOD)
+    write_model(tmp_path, GOOD)
     (tmp_path / "config.json").write_bytes(text)
     assert words in refused(tmp_path, "model_corrupt")
 
@@ -147,7 +147,7 @@ def test_something_else_there(tmp_path):
     (tmp_path / "ggufs").mkdir()
     (tmp_path / "ggufs" / "m.gguf").write_bytes(b"GGUF")
     assert "ggufs/m.gguf" in refused(tmp_path / "ggufs", "model_missing")
-    write_checkpoint(tmp_path / "good", GOOD)
+    write_model(tmp_path / "good", GOOD)
     assert "name its directory" in refused(tmp_path / "good" / "model.safetensors", "model_missing")
 
 
@@ -176,7 +176,7 @@ def test_a_pickle_file_itself_is_refused(tmp_path):
 
 
 def test_a_pickle_beside_safetensors_is_ignored(tmp_path):
-    write_checkpoint(tmp_path, GOOD)
+    write_model(tmp_path, GOOD)
     (tmp_path / "pytorch_model.bin").write_bytes(b"whatever")
     assert open_checkpoint(tmp_path).storage.layer_bpw == 16
 
@@ -200,7 +200,7 @@ def test_a_pickle_beside_safetensors_is_ignored(tmp_path):
     ],
 )
 def test_layers_that_contradict_their_family(tmp_path, shapes, words):
-    write_checkpoint(tmp_path, shapes)
+    write_model(tmp_path, shapes)
     with pytest.raises(ModelError) as error:
         open_checkpoint(tmp_path)
     assert words in str(error.value)
@@ -212,7 +212,7 @@ def test_remote_code_and_files_of_a_checkpoint(tmp_path):
         "auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"},
         "text_config": {"max_position_embeddings": 777, "vocab_size": 99},
     }
-    write_checkpoint(tmp_path, GOOD, config)
+    write_model(tmp_path, GOOD, config)
     for name in (
         "modeling_x.py",
         "tokenizer.json",

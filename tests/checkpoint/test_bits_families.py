@@ -1,10 +1,10 @@
 """Families whose libraries need a GPU: the documented tensors, written by hand, against hand-made sums."""
 
 import json
+import struct
 
 import pytest
-import torch
-from checkpoint_writers import around, write_checkpoint, write_shards
+from checkpoints import around, write_model, write_shards
 
 from evalq.checkpoint.headers import open_checkpoint
 
@@ -64,18 +64,18 @@ CASES = {
     ),
     "deepseek-fp8": (
         {"quant_method": "fp8", "weight_block_size": [128, 128]},
-        {".weight": ("F8", (OUT, INN)), ".weight_scale_inv": ("F32", (OUT // 128, INN // 128))},
+        {".weight": ("F8_E4M3", (OUT, INN)), ".weight_scale_inv": ("F32", (OUT // 128, INN // 128))},
         8 + 32 / 128**2, "FP8 block 128x128",
     ),
     "modelopt-nvfp4": (
         {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-        {".weight": ("U8", (OUT, INN // 2)), ".weight_scale": ("F8", (OUT, INN // 16)),
+        {".weight": ("U8", (OUT, INN // 2)), ".weight_scale": ("F8_E4M3", (OUT, INN // 16)),
          ".weight_scale_2": ("F32", ()), ".input_scale": ("F32", ())},
         4.5 + 64 / N, "ModelOpt NVFP4",
     ),
     "modelopt-fp8": (
         {"quant_method": "modelopt", "quant_algo": "FP8"},
-        {".weight": ("F8", (OUT, INN)), ".weight_scale": ("F32", ()), ".input_scale": ("F32", ())},
+        {".weight": ("F8_E4M3", (OUT, INN)), ".weight_scale": ("F32", ()), ".input_scale": ("F32", ())},
         8 + 64 / N, "ModelOpt FP8 tensor",
     ),
     "bf16": ({}, {".weight": ("BF16", (OUT, INN))}, 16, "BF16"),
@@ -89,7 +89,7 @@ def test_family(tmp_path, name):
     settings, endings, bpw, format_line = CASES[name]
     shapes = around({LAYER + ending: tensor for ending, tensor in endings.items()})
     config = {"quantization_config": settings} if settings else {}
-    report = open_checkpoint(write_checkpoint(tmp_path, shapes, config)).storage
+    report = open_checkpoint(write_model(tmp_path, shapes, config)).storage
     assert report.layer_weights == N
     assert report.layer_bpw == pytest.approx(bpw, rel=1e-12)
     assert (report.head_bpw, report.head_weights, report.tied_head) == (16, 640, False)
@@ -100,12 +100,12 @@ def test_family(tmp_path, name):
 
 def test_settings_of_quantizers_that_leave_config_json_alone(tmp_path):
     endings = CASES["modelopt-nvfp4"][1]
-    write_checkpoint(tmp_path / "nv", {LAYER + e: t for e, t in endings.items()})
+    write_model(tmp_path / "nv", {LAYER + e: t for e, t in endings.items()})
     settings = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
     (tmp_path / "nv" / "hf_quant_config.json").write_text(json.dumps(settings))
     assert open_checkpoint(tmp_path / "nv").storage.format == "ModelOpt NVFP4"
     gptq = {".qweight": ("I32", (INN // 8, OUT)), ".scales": ("F16", (INN // 64, OUT))}
-    write_checkpoint(tmp_path / "gptq", {LAYER + e: t for e, t in gptq.items()})
+    write_model(tmp_path / "gptq", {LAYER + e: t for e, t in gptq.items()})
     (tmp_path / "gptq" / "quantize_config.json").write_text('{"bits": 4, "group_size": 64}')
     assert open_checkpoint(tmp_path / "gptq").storage.layer_bpw == 4.25
 
@@ -123,7 +123,7 @@ def test_gpt_oss_blocks(tmp_path):
         }
     )
     report = open_checkpoint(
-        write_checkpoint(tmp_path, shapes, {"quantization_config": {"quant_method": "mxfp4"}})
+        write_model(tmp_path, shapes, {"quantization_config": {"quant_method": "mxfp4"}})
     ).storage
     assert report.layer_weights == experts * rows * columns
     assert (report.layer_bpw, report.format) == (4.25, "MXFP4")
@@ -135,15 +135,15 @@ def test_gpt_oss_blocks(tmp_path):
 
 def test_fp8_experts_without_weight_ending(tmp_path):
     stem = "model.layers.0.mlp.experts.down_proj"
-    shapes = {stem: ("F8", (2, 128, 256)), f"{stem}_scale_inv": ("F32", (2, 1, 2))}
-    report = open_checkpoint(write_checkpoint(tmp_path, around(shapes))).storage
+    shapes = {stem: ("F8_E4M3", (2, 128, 256)), f"{stem}_scale_inv": ("F32", (2, 1, 2))}
+    report = open_checkpoint(write_model(tmp_path, around(shapes))).storage
     assert (report.layer_weights, report.layer_bytes) == (2 * 128 * 256, 2 * 128 * 256 + 16)
 
 
 def test_blocks_cut_at_the_edge_keep_the_configured_size(tmp_path):
-    shapes = {f"{LAYER}.weight": ("F8", (576, 192)), f"{LAYER}.weight_scale_inv": ("F32", (5, 2))}
+    shapes = {f"{LAYER}.weight": ("F8_E4M3", (576, 192)), f"{LAYER}.weight_scale_inv": ("F32", (5, 2))}
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    report = open_checkpoint(write_checkpoint(tmp_path, shapes, config)).storage
+    report = open_checkpoint(write_model(tmp_path, shapes, config)).storage
     assert report.format == "FP8 block 128x128"
     assert report.layer_bytes == 576 * 192 + 40
 
@@ -152,7 +152,7 @@ def test_tied_head_is_the_embedding(tmp_path):
     shapes = around({f"{LAYER}.weight": ("BF16", (OUT, INN))})
     del shapes["lm_head.weight"]
     shapes["model.embed_tokens_per_layer.weight"] = ("BF16", (50, 64))  # an embedding, but not the head's
-    report = open_checkpoint(write_checkpoint(tmp_path, shapes)).storage
+    report = open_checkpoint(write_model(tmp_path, shapes)).storage
     assert report.tied_head
     assert (report.head_weights, report.head_bytes) == (640, 1280)
     assert report.vram_gb == (2 * N + 1280) / 2**30
@@ -169,22 +169,20 @@ def test_tied_head_is_the_embedding(tmp_path):
 )
 def test_router_gates_are_no_layers(tmp_path, name):
     shapes = around({f"{LAYER}.weight": ("F16", (OUT, INN)), name: ("F32", (8, 64))})
-    report = open_checkpoint(write_checkpoint(tmp_path, shapes)).storage
+    report = open_checkpoint(write_model(tmp_path, shapes)).storage
     assert report.layer_bpw == 16
     assert {t.name: t.kind for t in report.tensors}[name] == "router"
 
 
 def test_nvfp4_finding_of_modelopt(tmp_path):
     parts = ("gate_proj", "up_proj")
-    shapes = {}
-    for part in parts:
+    shapes, values = {}, {}
+    for part, scale in zip(parts, (0.25, 0.5), strict=True):
         stem = f"model.layers.3.mlp.{part}"
-        shapes |= {f"{stem}.weight": ("U8", (32, 32)), f"{stem}.weight_scale": ("F8", (32, 4))}
-    values = {
-        f"model.layers.3.mlp.{part}.weight_scale_2": torch.tensor(v)
-        for part, v in zip(parts, (0.25, 0.5), strict=True)
-    }
-    (finding,) = open_checkpoint(write_checkpoint(tmp_path, shapes, {}, values)).storage.findings
+        shapes |= {f"{stem}.weight": ("U8", (32, 32)), f"{stem}.weight_scale": ("F8_E4M3", (32, 4))}
+        shapes[f"{stem}.weight_scale_2"] = ("F32", ())
+        values[f"{stem}.weight_scale_2"] = struct.pack("<f", scale)
+    (finding,) = open_checkpoint(write_model(tmp_path, shapes, {}, values)).storage.findings
     assert "model.layers.3.mlp has different weight_scale_2" in finding
     assert "gate_proj 0.25, up_proj 0.5" in finding
 
@@ -197,7 +195,7 @@ def test_unknown_packing_and_stray_sidecars_are_findings(tmp_path):
             "model.layers.0.mlp.down_proj.weight_scale": ("BF16", (64, 1)),
         }
     )
-    findings = open_checkpoint(write_checkpoint(tmp_path, shapes)).storage.findings
+    findings = open_checkpoint(write_model(tmp_path, shapes)).storage.findings
     assert findings[0].startswith(f"unknown-packing: {LAYER}.q_weight")
     assert findings[1].startswith("stray-sidecars: model.layers.0.mlp.down_proj.weight_scale")
 
@@ -219,7 +217,7 @@ def test_exl3(tmp_path, bits):
         shapes[f"{stem}.suh"], shapes[f"{stem}.svh"] = ("F16", (inputs,)), ("F16", (outputs,))
         shapes[f"{stem}.mcg"] = ("I32", ())
         stored += 0 if module == "head" else inputs * outputs * k // 8 + 2 * (inputs + outputs) + 4
-    report = open_checkpoint(write_checkpoint(tmp_path, shapes, config)).storage
+    report = open_checkpoint(write_model(tmp_path, shapes, config)).storage
     weights = sum(i * o for i, o in sides.values())
     assert (report.layer_weights, report.layer_bytes) == (weights, stored)
     assert report.head_bpw == pytest.approx(6 + 16 * (256 + 128) / (256 * 128) + 32 / (256 * 128), rel=1e-12)
@@ -236,7 +234,7 @@ def test_exl3_legacy_signs_and_unknown_shapes(tmp_path):
         "model.layers.0.mlp.up_proj.sv": ("I16", (8,)),
         "model.layers.0.mlp.down_proj.weight": ("F16", (128, 128)),
     }
-    report = open_checkpoint(write_checkpoint(tmp_path, shapes)).storage
+    report = open_checkpoint(write_model(tmp_path, shapes)).storage
     assert report.layer_bytes == 8 * 8 * 48 * 2 + 32 + 2 * 128 * 128
     assert report.layer_bpw_true is None  # no config.json shapes
     assert report.format == "EXL3 3.0 bpw, unquantized 50%"
@@ -248,7 +246,7 @@ def test_200_shards(tmp_path):
         {
             f"model.layers.{n}.{module}.{ending}": tensor
             for module in modules
-            for ending, tensor in (("weight", ("F8", (128, 128))), ("weight_scale_inv", ("F32", (1, 1))))
+            for ending, tensor in (("weight", ("F8_E4M3", (128, 128))), ("weight_scale_inv", ("F32", (1, 1))))
         }
         for n in range(200)
     ]
@@ -277,5 +275,5 @@ def test_exl3_agrees_with_exllamav3(tmp_path):
             f"{stem}.svh": ("F16", (outputs,)),
             f"{stem}.mcg": ("I32", ()),
         }
-    report = open_checkpoint(write_checkpoint(tmp_path, shapes)).storage
+    report = open_checkpoint(write_model(tmp_path, shapes)).storage
     assert (round(report.layer_bpw, 4), round(report.head_bpw, 4)) == (4.0377, 6.0212)

@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from checkpoints import write_gguf
 from gguf import GGMLQuantizationType as Type
 
 from evalq.checkpoint.headers import open_checkpoint
@@ -32,19 +33,8 @@ def data(kind: Type, rows: int, columns: int) -> np.ndarray:
 def write(
     path: Path, tensors: dict[str, tuple[Type, tuple[int, int]]], *, vocab: int = VOCAB, **options
 ) -> Path:
-    writer = gguf.GGUFWriter(path, "llama", **options)
-    writer.add_context_length(4096)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
-    writer.add_token_list([f"token {i} \u00e9" for i in range(vocab)])
-    writer.add_token_scores([0.5] * vocab)
-    for name, (kind, (rows, columns)) in tensors.items():
-        writer.add_tensor(name, data(kind, rows, columns), raw_dtype=kind)
-    writer.add_tensor("output_norm.weight", np.ones(COLUMNS, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    values = {name: (data(kind, rows, columns), kind) for name, (kind, (rows, columns)) in tensors.items()}
+    return write_gguf(path, values | {"output_norm.weight": np.ones(COLUMNS, np.float32)}, vocab, **options)
 
 
 def model(layer: Type, head: Type | None = Type.Q6_K) -> dict[str, tuple[Type, tuple[int, int]]]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Runs, make_tiny
+from checkpoints import make_tiny
+from conftest import Runs
 
 COMMITS = {"main": "a" * 40, "4.0bpw": "b" * 40}
 

@@ -160,7 +160,7 @@ def test_truncated_safetensors(runs: Runs, keep: int) -> None:
 
 
 def _other(runs: Runs) -> Path:
-    from conftest import make_tiny
+    from checkpoints import make_tiny
 
     return make_tiny(runs.folder / "other")
 

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
-from sparse_checkpoints import (
+from checkpoints import (
     awq,
     compressed,
     deepseek,
@@ -22,6 +21,7 @@ from sparse_checkpoints import (
     write_model,
     write_shards,
 )
+from matplotlib.figure import Figure
 
 from evalq.checkpoint.headers import open_checkpoint
 from evalq.cli import inspect as command

@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from sparse_checkpoints import (
+from checkpoints import (
     awq,
     bnb,
     compressed,

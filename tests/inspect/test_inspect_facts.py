@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from sparse_checkpoints import (
+from checkpoints import (
     awq,
     bnb,
     compressed,

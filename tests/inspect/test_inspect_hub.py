@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_hub import SHA, LocalHub
-from sparse_checkpoints import (
+from checkpoints import (
     compressed,
     llama,
     llama_config,
@@ -21,6 +20,7 @@ from sparse_checkpoints import (
     write_model,
     write_shards,
 )
+from local_hub import SHA, LocalHub
 
 from evalq.errors import ModelError
 from evalq.inspect import open_model

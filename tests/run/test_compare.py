@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Runs, make_tiny
+from checkpoints import make_tiny
+from conftest import Runs
 from safetensors.numpy import load_file
 
 

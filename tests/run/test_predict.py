@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from checkpoints import headers_only
 from conftest import Runs
-from sparse_models import headers_only
 
 from evalq.backend import LoadRequest, Machine
 from evalq.backends import hf, vllm

@@ -1,10 +1,22 @@
-"""Checkpoints of any size whose weights are holes in the file: headers, and the few values that matter."""
+"""Writers of small checkpoints: the one place where tests make models.
+
+    write_model, write_shards    tensors by name, dtype and shape; weights are holes, of any size
+    make_tiny                    a model that the fake backend can score
+    write_gguf                   GGUF
+    llama, deepseek, gpt_oss     whole models in the layouts of all formats
+
+No torch. Real quantized models come from compress_llama.py, adapters from lora_adapters.py.
+"""
 
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from evalq.checkpoint.shards import DTYPE_BITS
 
@@ -52,6 +64,59 @@ def write_shards(directory: Path, shards: Iterable[Shapes], config: dict | None 
     return directory
 
 
+def make_tiny(folder: Path, seed: int = 0, **config: Any) -> Path:
+    """A model of one layer with random weights; only the fake backend can score it."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    tensors = {
+        "model.embed_tokens.weight": rng.normal(size=(258, 8)).astype(np.float16),
+        "model.layers.0.mlp.up_proj.weight": rng.normal(size=(16, 8)).astype(np.float16),
+        "model.layers.0.input_layernorm.weight": np.ones(8, np.float16),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    facts = {"model_type": "llama", "tie_word_embeddings": True, "vocab_size": 258, "torch_dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(facts | config))
+    return folder
+
+
+def headers_only(folder: Path, gib: int) -> Path:
+    """A Llama of that many GiB that takes no room on the disk."""
+    config = llama_config(vocab=65536, max_position_embeddings=8192, tie_word_embeddings=True)
+    sides = (config["intermediate_size"], config["hidden_size"])
+    layers = gib * 2**30 // (2 * math.prod(sides))
+    shapes = plain("model.embed_tokens", 65536, 4096)
+    for number in range(layers):
+        shapes |= plain(f"model.layers.{number}.mlp.up_proj", *sides)
+    more = {"num_hidden_layers": layers, "head_dim": 128, "torch_dtype": "bfloat16"}
+    return write_model(folder, shapes, config | more)
+
+
+def write_gguf(path: Path, tensors: Mapping[str, np.ndarray], vocab: int = 8, **options: Any) -> Path:
+    """A GGUF model.
+
+    Args:
+        path: of the file; with split_max_tensors among the options its parts are named after it.
+        tensors: by name; bytes of a quantized type come as (array, type).
+        vocab: tokens.
+        options: of the writer.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama", **options)
+    writer.add_context_length(4096)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    writer.add_token_list([f"token {i} \u00e9" for i in range(vocab)])
+    writer.add_token_scores([0.5] * vocab)
+    for name, tensor in tensors.items():
+        array, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
+        writer.add_tensor(name, array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def llama_config(
     hidden: int = 4096, inner: int = 14336, heads: int = 32, kv_heads: int = 8, vocab: int = 128256,
     layers: int = 32, **more: object,
@@ -69,6 +134,17 @@ def llama_config(
         "max_position_embeddings": 131072,
         "tie_word_embeddings": False,
     } | more
+
+
+def around(layers: Shapes, vocab: int = 10, hidden: int = 64) -> Shapes:
+    """The layers with an embedding, a head, a norm and a bias, none of which may count as a layer."""
+    return {
+        "model.embed_tokens.weight": ("BF16", (vocab, hidden)),
+        "lm_head.weight": ("F16", (vocab, hidden)),
+        "model.norm.weight": ("BF16", (hidden,)),
+        "model.layers.0.self_attn.q_proj.bias": ("BF16", (hidden,)),
+        **layers,
+    }
 
 
 def small_config(**more: object) -> dict:
@@ -109,6 +185,18 @@ def nvfp4(stem: str, out: int, inputs: int) -> Shapes:
         f"{stem}.weight_global_scale": ("F32", (1,)),
         f"{stem}.input_global_scale": ("F32", (1,)),
     }
+
+
+def mxfp4(stem: str, out: int, inputs: int) -> Shapes:
+    return {
+        f"{stem}.weight_packed": ("U8", (out, inputs // 2)),
+        f"{stem}.weight_scale": ("U8", (out, inputs // 32)),
+    }
+
+
+def int8(stem: str, out: int, inputs: int) -> Shapes:
+    """compressed-tensors int-quantized, one scale a row."""
+    return {f"{stem}.weight": ("I8", (out, inputs)), f"{stem}.weight_scale": ("BF16", (out, 1))}
 
 
 def fp8_block(stem: str, out: int, inputs: int) -> Shapes:
