@@ -20,6 +20,7 @@ from evalq.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+NUMBER_MAX = 2**31
 # Feature -> what it is, for the message that refuses it.
 FEATURES: dict[str, str] = {
     "rslora": "scaling by alpha / sqrt(r)",
@@ -148,7 +149,7 @@ def _read_peft(directory: Path, name: str) -> Adapter:
     if not weights_file.is_file():
         pickle = directory / "adapter_model.bin"
         if pickle.is_file():
-            raise pickled(pickle, directory, pickle.name)
+            raise pickled(pickle, directory, pickle.name, WEIGHTS_FILE)
         raise ModelError(f"{directory} has no {WEIGHTS_FILE}", "model_missing")
     config = read_json(config_file)
     if config.get("peft_type") != "LORA":
@@ -159,7 +160,7 @@ def _read_peft(directory: Path, name: str) -> Adapter:
     features = set(_config_features(config))
     for tensor in tensors:
         features |= _take(tensor, parts)
-    rank, alpha = _number(config, "r", config_file), _number(config, "lora_alpha", config_file)
+    rank, alpha = _number(config, "r", config_file, int), _number(config, "lora_alpha", config_file, float)
     return Adapter(
         path=directory,
         name=name,
@@ -213,7 +214,7 @@ def _config_features(config: Mapping[str, Any]) -> list[str]:
 
 def _read_gguf(path: Path, name: str) -> Adapter:
     header = read_gguf_header(path)
-    kind = header.metadata.get("adapter.type")
+    kind, alpha = header.metadata.get("adapter.type"), "adapter.lora.alpha"
     if header.metadata.get("general.type") != "adapter" or kind != "lora":
         raise ModelError(f"{path} is a GGUF file, but no LoRA adapter", "bad_adapter")
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -230,7 +231,8 @@ def _read_gguf(path: Path, name: str) -> Adapter:
         name=name,
         kind="gguf",
         rank=max(_ranks(parts), default=0),
-        alpha=float(header.metadata.get("adapter.lora.alpha", 0.0)),
+        # Without one, or with zero, llama.cpp scales by 1.
+        alpha=_number(header.metadata, alpha, path, float) if header.metadata.get(alpha) else 0.0,
         shapes=_shapes(parts, path),
         features=tuple(sorted(features)),
         files=(path,),
@@ -258,10 +260,11 @@ def _shapes(parts: Mapping[str, Mapping[str, tuple[int, ...]]], file: Path) -> d
     return shapes
 
 
-def _number(config: Mapping[str, Any], key: str, file: Path) -> float:
+def _number(config: Mapping[str, Any], key: str, file: Path, kind: type[int] | type[float]) -> float:
+    """A positive number of the configuration. Raises ModelError (bad_adapter)."""
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ModelError(
-            f"{file}: {key} should be a positive number, not {clipped(str(value))}", "bad_adapter"
-        )
+    kinds = int if kind is int else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < NUMBER_MAX:
+        wanted = "a positive integer" if kind is int else "a positive number"
+        raise ModelError(f"{file}: {key} should be {wanted}, not {clipped(str(value))}", "bad_adapter")
     return float(value)

@@ -4,16 +4,17 @@ Model files come from strangers, so every message names the file and what is wro
 more of the file's content than one name.
 """
 
+import json
+import shlex
 from pathlib import Path
 
 from evalq.errors import ModelError
 
 _CONVERT = (
-    'cd "{directory}" and run: python -c "import glob, torch; from safetensors.torch import save_file; '
-    "w = {{}}; [w.update(torch.load(f, map_location='cpu', weights_only=True)) "
-    "for f in sorted(glob.glob('{pattern}'))]; "
-    "save_file({{k: v.clone().contiguous() for k, v in w.items()}}, 'model.safetensors', "
-    "metadata={{'format': 'pt'}})\", or use https://huggingface.co/spaces/safetensors/convert"
+    "import glob, torch; from safetensors.torch import save_file; w = {{}}; "
+    '[w.update(torch.load(f, map_location="cpu", weights_only=True)) for f in sorted(glob.glob({pattern}))]; '
+    "save_file({{k: v.clone().contiguous() for k, v in w.items()}}, {result}, "
+    'metadata={{"format": "pt"}})'
 )
 
 
@@ -42,12 +43,22 @@ def missing(path: Path, what: str, remedy: str | None = None) -> ModelError:
     return ModelError(f"{path}: {what}", "model_missing", remedy)
 
 
-def pickled(path: Path, directory: Path, pattern: str) -> ModelError:
-    """Only a pickle, which may run code when it is opened; the remedy is a command that does not let it."""
+def pickled(path: Path, directory: Path, pattern: str, result: str = "model.safetensors") -> ModelError:
+    """Only a pickle, which may run code when it is opened; the remedy is a command that does not let it.
+
+    Args:
+        path: the file.
+        directory: it lies in.
+        pattern: what all files of the model match there.
+        result: name of the file that the command writes.
+    """
+    # Names come from strangers: quoted for Python (a JSON string is one), then for the shell.
+    code = _CONVERT.format(pattern=json.dumps(pattern), result=json.dumps(result))
+    command = f"cd {shlex.quote(str(directory))} && python -c {shlex.quote(code)}"
     return ModelError(
         f"{path}: weights in a pickle file, and no safetensors beside it",
         "unsafe_checkpoint",
-        _CONVERT.format(directory=directory, pattern=pattern),
+        f"run: {command}, or use https://huggingface.co/spaces/safetensors/convert",
     )
 
 

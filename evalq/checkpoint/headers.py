@@ -4,6 +4,7 @@ A model is a directory of safetensors files, a GGUF file, or (`evalq.checkpoint.
 Nothing but headers and small JSON files is read: no weights, no torch.
 """
 
+import glob
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -176,7 +177,7 @@ def is_gguf(path: Path) -> bool:
     if not path.is_file():
         raise damage.missing(path, "no such file or directory")
     if path.suffix in _PICKLE_SUFFIXES:
-        raise damage.pickled(path, path.parent, path.name)
+        raise damage.pickled(path, path.parent, glob.escape(path.name))
     if path.suffix == ".safetensors":
         raise damage.missing(path, "is one file of a checkpoint", f"name its directory, {path.parent}")
     return True

@@ -21,6 +21,8 @@ INDEX_NAME = "model.safetensors.index.json"
 HEADER_BYTES_MAX = 100_000_000  # the safetensors library's own limit
 JSON_BYTES_MAX = 256 * 2**20
 DIMENSIONS_MAX = 16
+NESTING_MAX = 64
+FILE_NAME_BYTES_MAX = 255
 _PICKLES = ("pytorch_model*.bin", "consolidated*.pth", "*.pth", "*.pt", "*.ckpt", "*.bin")
 
 DTYPE_BITS = {
@@ -84,7 +86,21 @@ def read_json(path: Path) -> dict[str, Any]:
         raise corrupt(path, f"cannot be read: {error.strerror}") from None
     if not isinstance(value, dict):
         raise corrupt(path, f"holds a JSON {type(value).__name__}, not an object")
-    return value
+    level: list[Any] = [value]
+    for _ in range(NESTING_MAX):
+        level = [inner for outer in level for inner in _members(outer) if isinstance(inner, dict | list)]
+        if not level:
+            return value
+    raise corrupt(path, f"nests deeper than {NESTING_MAX} levels: no JSON of a model")
+
+
+def _members(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8; JSON's escapes can spell half of a surrogate pair."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def find_shards(directory: Path) -> ShardSet:
@@ -118,8 +134,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise corrupt(index, 'has no "weight_map"')
     for name in set(map(str, weight_map.values())):
-        inside = "/" not in name and "\\" not in name and "\0" not in name and not name.startswith("..")
-        if not (inside and name.endswith(".safetensors")):
+        inside = not set("/\\\0") & set(name) and not name.startswith("..")
+        possible = _is_text(name) and len(name.encode()) <= FILE_NAME_BYTES_MAX
+        if not (possible and inside and name.endswith(".safetensors")):
             raise corrupt(index, f'names the shard "{clipped(name)}": no safetensors file of this directory')
     return {str(tensor): str(file) for tensor, file in weight_map.items()}
 
@@ -181,7 +198,7 @@ def parse_entry(path: Path, name: str, entry: Any, data_start: int) -> RawTensor
         sane = sane and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         sane = False
-    if not sane:
+    if not sane or not _is_text(name):
         raise corrupt(path, f'the header\'s entry for "{clipped(name)}" is not dtype, shape, data_offsets')
     if math.prod(shape) * bits != 8 * (end - begin):
         raise corrupt(path, f'"{clipped(name)}": {dtype} {shape} does not fill bytes {begin} to {end}')

@@ -89,7 +89,7 @@ def write_dense(
         _copy_files(source, partial)
         # Last, so that what is there without it is no model to anyone.
         config = _dense_config(read_config(source), dtype)
-        (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Written(len(weights), quantized, writer.total_bytes)
 
 
@@ -130,11 +130,14 @@ def _copy_files(source: Path, target: Path) -> None:
 
 def _dense_config(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     """config.json without its quantization, at both levels, and with the dtype the weights have now."""
-    dense = {
-        key: _dense_config(value, dtype) if key == "text_config" and isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in ("quantization_config", "compression_config")
-    }
+    dense = _level(config, dtype)
+    if isinstance(dense.get("text_config"), dict):
+        dense["text_config"] = _level(dense["text_config"], dtype)
+    return dense
+
+
+def _level(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    dense = {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")}
     for key in ("dtype", "torch_dtype"):
         if dtype is not None and key in dense:
             dense[key] = dtype

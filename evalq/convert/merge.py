@@ -6,21 +6,29 @@ dequantized on the way: what comes out is dense. Agrees with PEFT's `merge_and_u
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from evalq.checkpoint.adapter import CONFIG_FILE, FEATURES, WEIGHTS_FILE, Adapter, read_adapter, require_fits
+from evalq.checkpoint.adapter import (
+    CONFIG_FILE,
+    FEATURES,
+    NUMBER_MAX,
+    WEIGHTS_FILE,
+    Adapter,
+    read_adapter,
+    require_fits,
+)
 from evalq.checkpoint.damage import clipped, corrupt
+from evalq.checkpoint.name_patterns import NamePatterns
 from evalq.checkpoint.safetensors import Logical
-from evalq.checkpoint.shards import read_json
+from evalq.checkpoint.shards import read_header, read_json
 from evalq.convert.dense import Written, write_dense
 from evalq.convert.dequantize import open_directory
 from evalq.convert.target import require_new
+from evalq.convert.unpack.tensors import read_tensor
 from evalq.errors import ModelError
 
 _KNOWN_FEATURES = ("rslora", "rank_pattern", "alpha_pattern", "lm_head")
@@ -84,8 +92,11 @@ class _Delta:
     """What an adapter adds to each weight."""
 
     def __init__(self, adapter: Adapter, base_shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._file = adapter.path / WEIGHTS_FILE
         self._config = read_json(adapter.path / CONFIG_FILE)
-        self._tensors: dict[str, torch.Tensor] = load_file(adapter.path / WEIGHTS_FILE)
+        self._alphas = _alphas(self._config.get("alpha_pattern"), adapter)
+        self._patterns = NamePatterns()
+        self._stored = {tensor.name: tensor for tensor in read_header(self._file)}
         self._modules = adapter.shapes
         for module in self._modules:
             if module not in base_shapes:
@@ -95,15 +106,17 @@ class _Delta:
                     "save the base with the transformers version that trained the adapter",
                 )
             for tensor in self._names(module):
-                if tensor not in self._tensors:
-                    raise corrupt(adapter.path / WEIGHTS_FILE, f'has no "{clipped(tensor)}"')
+                if tensor not in self._stored:
+                    raise corrupt(self._file, f'has no "{clipped(tensor)}"')
+        self._alpha = adapter.alpha
+        self.changed: list[str] = []
 
     def add(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight, in float32 with its part of the adapter if it has one."""
         module = name.removesuffix(".weight")
         if module not in self._modules:
             return weight
-        a_RI, b_OR = (self._tensors[tensor].float() for tensor in self._names(module))
+        a_RI, b_OR = self._read(module)
         delta = b_OR @ a_RI * self._scaling(module, a_RI.shape[0])
         if self._config.get("fan_in_fan_out"):
             delta = delta.T
@@ -112,18 +125,39 @@ class _Delta:
                 f"{clipped(module)} is {list(weight.shape)} in the base, {list(delta.shape)} in the adapter",
                 "bad_adapter",
             )
+        self.changed.append(name)
         return weight.float() + delta
 
     def _names(self, module: str) -> list[str]:
         """A and B as PEFT's files name them."""
         return [f"base_model.model.{module}.lora_{part}.weight" for part in "AB"]
 
+    def _read(self, module: str) -> list[torch.Tensor]:
+        """A and B in float32."""
+        with self._file.open("rb") as file:
+            return [read_tensor(file, self._stored[name]).float() for name in self._names(module)]
+
     def _scaling(self, module: str, rank: int) -> float:
-        alpha = float(_by_pattern(self._config.get("alpha_pattern"), module, self._config["lora_alpha"]))
+        # As PEFT matches its patterns: the end of the module's name, from a dot on.
+        fitting = (
+            alpha for key, alpha in self._alphas.items() if self._patterns.found(rf"^(.*\.)?({key})$", module)
+        )
+        alpha = next(fitting, self._alpha)
+        if self._patterns.refused:
+            worst = clipped(min(self._patterns.refused))
+            raise ModelError(f"alpha_pattern of the adapter cannot be matched: {worst}", "bad_adapter")
         return alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank
 
 
-def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
-    """The value of the first pattern that the module's name ends with, as PEFT matches them."""
-    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(found, default)
+def _alphas(patterns: Any, adapter: Adapter) -> dict[str, float]:
+    """The alpha of every pattern of modules. Raises ModelError (bad_adapter)."""
+    if patterns is None:
+        return {}
+    if not isinstance(patterns, dict) or not all(map(_is_alpha, patterns.values())):
+        what = "alpha_pattern should map names of modules to positive numbers"
+        raise ModelError(f"{adapter.path / CONFIG_FILE}: {what}", "bad_adapter")
+    return {str(key): float(value) for key, value in patterns.items()}
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < NUMBER_MAX

@@ -4,7 +4,7 @@ from evalq.errors import EvalqError
 from evalq.inspect import open_model
 from evalq.inspect.engines import verdicts
 from evalq.inspect.facts import facts_of
-from evalq.inspect.machine import this_machine
+from evalq.machine import this_machine
 
 # Where several can: on a GPU the one with kernels for packed weights, else the one that reads most formats.
 _ON_GPU = ("vllm", "hf", "exl3", "gguf")

@@ -5,12 +5,12 @@ as it was initialised, or the load fails. Names of methods and formats are those
 (https://huggingface.co/docs/transformers/main_classes/quantization) and compressed-tensors.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from evalq.checkpoint.findings import Finding
 from evalq.checkpoint.headers import Checkpoint, config_groups
+from evalq.checkpoint.name_patterns import NamePatterns
 from evalq.checkpoint.safetensors import Logical
 from evalq.inspect.layers import UNQUANTIZED, Part, is_language_model, part_of
 
@@ -106,24 +106,36 @@ def _not_ignored(logical: tuple[Logical, ...], settings: dict[str, Any]) -> Iter
     if not targets or any(one != ["Linear"] for one in targets):
         return
     ignore = settings.get("ignore")
-    entries = ignore if isinstance(ignore, list) else []
+    ignored = _Ignored(ignore if isinstance(ignore, list) else [])
     for weight in logical:
         name = weight.bits.name
         plain = weight.bits.format in UNQUANTIZED and len(weight.shape) == 2 and name.endswith(".weight")
         if not plain or part_of(weight.bits) not in _QUANTIZED_PARTS or not is_language_model(name):
             continue
-        if not any(_matches(str(entry), name.removesuffix(".weight")) for entry in entries):
+        if not ignored.covers(name.removesuffix(".weight")):
             message = f"{name} is {weight.bits.format}; the config quantizes every Linear it does not ignore"
             yield Finding("unquantized-not-ignored", name, message, "warning")
 
 
-def _matches(entry: str, module: str) -> bool:
-    """Whether an entry of "ignore" covers a module: a name, or "re:" and a pattern."""
-    if entry.startswith("re:"):
-        try:
-            return re.search(entry[3:], module) is not None
-        except re.error:
-            return False
-    # Prefixes differ between releases of transformers ("model.language_model.", "language_model.model.").
-    tail = entry.partition("layers.")[2]
-    return module == entry or bool(tail) and tail == module.partition("layers.")[2]
+class _Ignored:
+    """The entries of "ignore": names of modules, and patterns after "re:"."""
+
+    def __init__(self, entries: list[Any]) -> None:
+        words = [entry for entry in entries if isinstance(entry, str)]
+        self._patterns = NamePatterns()
+        self._expressions = [word.removeprefix("re:") for word in words if word.startswith("re:")]
+        names = [word for word in words if not word.startswith("re:")]
+        self._names = frozenset(names)
+        # Prefixes differ between releases of transformers ("model.language_model.", "language_model.model.").
+        self._tails = frozenset(map(_in_layers, names)) - {""}
+
+    def covers(self, module: str) -> bool:
+        """Whether an entry names this module."""
+        if module in self._names or _in_layers(module) in self._tails:
+            return True
+        return any(self._patterns.found(expression, module) for expression in self._expressions)
+
+
+def _in_layers(module: str) -> str:
+    """The name inside its stack of layers; "" outside of one."""
+    return module.partition("layers.")[2]

@@ -84,6 +84,15 @@ def test_an_adapter_of_the_head_is_named(tmp_path: Path) -> None:
     assert read_adapter(peft(tmp_path, pair(UP) | pair("lm_head"))).features == ("lm_head",)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1, True, "8", None, 10**400, 2**63, [8]])
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_numbers_that_no_adapter_has(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=f"{key} should be a positive") as caught:
+        read_adapter(peft(tmp_path, **{key: value}))
+    assert caught.value.category == "bad_adapter"
+    assert len(str(caught.value)) < 400
+
+
 def test_broken_adapters_say_what_is_wrong(tmp_path: Path) -> None:
     def error(path: Path) -> ModelError:
         with pytest.raises(ModelError) as caught:
@@ -99,10 +108,11 @@ def test_broken_adapters_say_what_is_wrong(tmp_path: Path) -> None:
     assert f"{UP} has A [4, 8] and B []" in error(peft(tmp_path / "half", half)).message
     prefix = error(peft(tmp_path / "prefix", peft_type="PREFIX_TUNING"))
     assert prefix.category == "bad_adapter" and "PREFIX_TUNING" in prefix.message
-    assert "r should be a positive number, not 0" in error(peft(tmp_path / "rank", r=0)).message
+    assert "r should be a positive integer, not 0" in error(peft(tmp_path / "rank", r=0)).message
     pickled = peft(tmp_path / "pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     assert error(pickled).category == "unsafe_checkpoint"
+    assert '"adapter_model.safetensors"' in str(error(pickled))
     truncated = peft(tmp_path / "truncated") / "adapter_model.safetensors"
     truncated.write_bytes(truncated.read_bytes()[:-4])
     assert error(truncated.parent).category == "model_corrupt"

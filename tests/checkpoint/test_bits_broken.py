@@ -1,6 +1,7 @@
 """Directories and safetensors files that hold no model, half of one, or lies."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -160,14 +161,46 @@ def test_pickles_are_refused_with_a_command_that_works(tmp_path, name):
     message = refused(tmp_path, "unsafe_checkpoint")
     assert name in message
     assert "weights_only=True" in message
-    command = (
-        message.partition("and run: ")[2]
-        .partition(", or use")[0]
-        .replace("python -c", f"{sys.executable} -c", 1)
-    )
-    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_remedy(message, tmp_path)
     assert open_checkpoint(tmp_path).storage.layer_weights == 16
+
+
+@pytest.mark.parametrize("folder", ['a"; touch "x', "a $(touch x) `touch x`", "it's", "a\nb"])
+def test_the_command_for_pickles_quotes_names(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    name = "model'); open('x', 'w'); ('.bin"
+    torch.save({"x.weight": torch.ones(4, 4)}, tmp_path / folder / name)
+    with pytest.raises(ModelError) as error:
+        open_checkpoint(tmp_path / folder / name)
+    run_remedy(str(error.value), tmp_path)
+    assert open_checkpoint(tmp_path / folder).storage.layer_weights == 16
+    assert not [file for file in tmp_path.rglob("x")]
+
+
+def run_remedy(message: str, folder: Path) -> None:
+    """The command as a shell runs it."""
+    command = message.partition("(run: ")[2].rpartition(", or use")[0]
+    command = command.replace("python -c", f"{sys.executable} -c", 1)
+    environment = os.environ | {"HOME": str(folder)}
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_that_no_file_system_or_writer_takes(tmp_path):
+    write_shards(tmp_path / "long", [GOOD])
+    index = {"weight_map": dict.fromkeys(GOOD, "x" * 300 + ".safetensors")}
+    (tmp_path / "long" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "no safetensors file of this directory" in refused(tmp_path / "long", "model_corrupt")
+    (tmp_path / "half").mkdir()
+    header = {"a\ud800.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    message = refused(raw(tmp_path / "half", header, bytes(4)), "model_corrupt")
+    assert "a\\ud800.weight" in message
+    (tmp_path / "deep").mkdir()
+    write_model(tmp_path / "deep", GOOD)
+    (tmp_path / "deep" / "config.json").write_text('{"text_config":' * 500 + "{}" + "}" * 500)
+    assert "nests deeper than 64 levels" in refused(tmp_path / "deep", "model_corrupt")
 
 
 def test_a_pickle_file_itself_is_refused(tmp_path):

@@ -26,6 +26,7 @@ from evalq.convert.merge import merge_lora
 from evalq.inspect import inspect_checkpoint
 from evalq.inspect.output import as_json, print_inspection
 
+_CONTROLS = {chr(code) for code in (*range(9), *range(11, 32), *range(127, 160))} | {"\u202e"}
 # Stands between two files in one input, as no JSON text can hold it.
 _BETWEEN = b"\0"
 _CONFIG = made.llama_config(hidden=128, inner=256, heads=4, kv_heads=2, vocab=32, layers=1)
@@ -87,7 +88,11 @@ def _show(folder: Path) -> None:
     """All that `evalq inspect --deep` does."""
     found = inspect_checkpoint(open_checkpoint(folder), deep=True)
     as_json(found, per_tensor=True).encode()
-    print_inspection(found, Console(file=io.StringIO(), width=120), per_tensor=True)
+    shown = io.BytesIO()
+    with io.TextIOWrapper(shown, "utf-8") as stream:
+        print_inspection(found, Console(file=stream, width=120), per_tensor=True)
+        stream.flush()
+        assert not set(shown.getvalue().decode()) & _CONTROLS, "a terminal would obey this"
 
 
 def _in_folder(run: Callable[[Path, bytes], None]) -> Callable[[bytes], None]:

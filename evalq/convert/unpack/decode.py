@@ -6,14 +6,12 @@ GPTQ and bitsandbytes need packages of their own, EXL3 its CUDA kernels.
 """
 
 import math
-from collections.abc import Mapping
 from io import BufferedReader
-from typing import Any
 
 import torch
 
 from evalq.checkpoint.damage import clipped, corrupt
-from evalq.checkpoint.family_rules import Context
+from evalq.checkpoint.family_rules import Context, Parts, code_bits, declared_blocks
 from evalq.checkpoint.safetensors import Contents, Logical
 from evalq.checkpoint.shards import RawTensor
 from evalq.convert.unpack.packed import unpack_int4_weights, unpack_mxfp4_weights, unpack_nvfp4_weights
@@ -94,6 +92,11 @@ def read_weight(
     except ModelError as error:
         where = f"{stored.file}: {clipped(weight.bits.name)}: {error.message}"
         raise ModelError(where, error.category, error.remedy) from None
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        # The libraries check little; what does not fit together ends in whatever error comes first.
+        first = clipped((str(error).strip().splitlines() or [type(error).__name__])[0])
+        what = f"{clipped(weight.bits.name)}: its tensors do not fit together: {first}"
+        raise corrupt(stored.file, what) from None
 
 
 def _sidecar(file: BufferedReader, codes: RawTensor, tensor: RawTensor) -> torch.Tensor:
@@ -114,14 +117,14 @@ def _decode(
 
         return convert_moe_packed_tensors(codes, parts["_scales"], dtype=dtype)
     if ".scales" in parts:
-        return _awq(codes, parts, context.config, exact)
+        return _awq(weight.parts, codes, parts, exact)
     scale = next(parts[ending] for ending in _SCALES if ending in parts)
     if codes.dtype != torch.uint8:
         if exact and scale.dtype != torch.uint8:
             scale = scale.float()
         zero_point = parts.get(".weight_zero_point")
         if codes.dtype != torch.int32:
-            return unpack_scaled_weights(codes, scale, zero_point, _block(context))
+            return unpack_scaled_weights(codes, scale, zero_point, declared_blocks(context))
         num_bits = _num_bits(codes.shape[-1], weight.shape[-1], context)
         g_idx = parts.get(".weight_g_idx")
         return unpack_int4_weights(codes, scale, weight.shape, zero_point, num_bits=num_bits, g_idx=g_idx)
@@ -132,9 +135,7 @@ def _decode(
     return unpack_nvfp4_weights(codes, scale, parts.get(".weight_global_scale"), dtype)
 
 
-def _awq(
-    codes: torch.Tensor, parts: dict[str, torch.Tensor], settings: Mapping[str, Any], exact: bool
-) -> torch.Tensor:
+def _awq(stored: Parts, codes: torch.Tensor, parts: dict[str, torch.Tensor], exact: bool) -> torch.Tensor:
     """AutoAWQ's layout, [in, out] with the outputs interleaved, by way of compressed-tensors' own."""
     try:
         from compressed_tensors.entrypoints.convert import AutoAWQConverter
@@ -147,9 +148,9 @@ def _awq(
     layer = {f"layer{ending}": parts[ending] for ending in (".scales", ".qzeros") if ending in parts}
     try:
         converter = AutoAWQConverter(
-            bits=settings.get("bits", settings.get("w_bit", 4)),
+            bits=code_bits(stored),
             zero_point=".qzeros" in parts,
-            version=str(settings.get("version", "gemm")).lower(),
+            version=str(stored.context.config.get("version", "gemm")).lower(),
             targets=["re:.*"],
         )
         packed = converter.process({"layer.qweight": codes} | layer)
@@ -168,10 +169,3 @@ def _num_bits(words: int, columns: int, context: Context) -> int:
     """The declared width that fills the packed rows; 4 where nothing is declared."""
     declared = sorted({n for s in context.schemes() if type(n := s.get("num_bits")) is int}) or [4]
     return next((bits for bits in declared if math.ceil(columns * bits / 32) == words), declared[0])
-
-
-def _block(context: Context) -> tuple[int, int] | None:
-    """Sides of a block of scales, where the checkpoint says."""
-    sizes = [context.config.get("weight_block_size")]
-    sizes += [scheme.get("block_structure") for scheme in context.schemes()]
-    return next(((size[0], size[1]) for size in sizes if isinstance(size, list) and len(size) == 2), None)

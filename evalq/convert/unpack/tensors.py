@@ -36,6 +36,8 @@ def read_tensor(file: BufferedReader, tensor: RawTensor) -> Any:
         raise ModelError(what, "unsupported_format")
     dtype = getattr(torch, _DTYPES[tensor.dtype])
     if not tensor.bytes:
+        if max(tensor.shape, default=0) >= 2**31:
+            raise corrupt(tensor.file, f'"{clipped(tensor.name)}" is empty and {list(tensor.shape)}')
         return torch.empty(tensor.shape, dtype=dtype)
     file.seek(tensor.offset)
     data = bytearray(tensor.bytes)
