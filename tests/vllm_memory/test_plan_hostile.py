@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sparse_checkpoints import small_config, write_model
+from checkpoints import small_config, write_model
 
 from evalq.checkpoint.shape import SIZE_MAX, ModelShape, make_shape, read_shape
 from evalq.checkpoint.shards import RawTensor
