@@ -15,7 +15,8 @@ class Finding:
         tensor: the tensor, module or file it is about; of several the first.
         message: one line that names it too, and how many more have the same fault.
         severity: "error" where the files contradict themselves or their config, so that no engine can get
-            this model right; "warning" where some engines go wrong or a person should look.
+            this model right: it is not scored unless its spec says so; "warning" where some engines go wrong
+            or a rule of thumb says that a person should look: a note of the result.
     """
 
     name: str

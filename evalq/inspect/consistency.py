@@ -5,9 +5,10 @@ values of the scales. Every fault is a `Finding` with the tensor it is about; fa
 layers are one finding that counts them.
 """
 
+import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from evalq.checkpoint.damage import DamagedFile
 from evalq.checkpoint.findings import Finding
 from evalq.checkpoint.headers import Checkpoint, open_checkpoint
 from evalq.checkpoint.safetensors import storage_findings
+from evalq.errors import ModelError
 from evalq.inspect.declared import declared_findings
 from evalq.inspect.lora import lora_findings
 from evalq.inspect.packing import packing_findings
@@ -44,6 +46,37 @@ def check(model: Path | Checkpoint, deep: bool = False) -> list[Finding]:
         return _findings(checkpoint, deep)
     except DamagedFile as error:
         return [Finding(error.finding, error.path.name, error.message, "error")]
+
+
+def require_sound(checkpoint: Checkpoint, ignored: bool | Sequence[str] = False) -> tuple[str, ...]:
+    """Refuse to score a model whose numbers would be wrong for sure.
+
+    Args:
+        checkpoint: its headers.
+        ignored: names of findings that the user wants to be scored all the same; True for all.
+
+    Returns:
+        What to note beside its result: warnings, and findings that were ignored.
+
+    Raises:
+        ModelError: model_corrupt, for the first finding that is an error and not ignored.
+    """
+    findings = check(checkpoint)
+    is_ignored = {f.name: ignored is True or ignored is not False and f.name in ignored for f in findings}
+    blocking = [f for f in findings if f.severity == "error" and not is_ignored[f.name]]
+    if blocking:
+        names = json.dumps(sorted({finding.name for finding in blocking}))
+        remedy = (
+            "evalq inspect shows all that is wrong with it; to score it all the same, its model spec takes "
+            f'"ignore_findings": {names}'
+        )
+        raise ModelError(f"{checkpoint.name}: {blocking[0]}", "model_corrupt", remedy)
+    known = {note.partition(":")[0] for note in checkpoint.storage.findings}
+    return tuple(
+        f"ignored, as the spec says: {finding}" if finding.severity == "error" else str(finding)
+        for finding in findings
+        if finding.name not in known
+    )
 
 
 def _findings(checkpoint: Checkpoint, deep: bool) -> list[Finding]:

@@ -8,7 +8,7 @@ as it was initialised, or the load fails. Names of methods and formats are those
 from collections.abc import Iterator
 from typing import Any
 
-from evalq.checkpoint.findings import Finding
+from evalq.checkpoint.findings import Finding, Severity
 from evalq.checkpoint.headers import Checkpoint, config_groups
 from evalq.checkpoint.name_patterns import NamePatterns
 from evalq.checkpoint.safetensors import Logical
@@ -74,7 +74,9 @@ def _all_plain(checkpoint: Checkpoint) -> Iterator[Finding]:
     plain = [t for t in checkpoint.storage.tensors if t.kind == "layer" and t.format in UNQUANTIZED]
     if plain:
         message = f"the config declares {_declaration(settings)}; {plain[0].name} is {plain[0].format}"
-        yield Finding("declared-format", plain[0].name, f"{message}, and no weight is quantized", "error")
+        # A method unknown here may quantize plain weights while it loads them, as bitsandbytes does.
+        severity: Severity = "error" if method in ("compressed-tensors", *_METHODS) else "warning"
+        yield Finding("declared-format", plain[0].name, f"{message}, and no weight is quantized", severity)
 
 
 def _is_declared(weight: Logical, settings: dict[str, Any]) -> bool:

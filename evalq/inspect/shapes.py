@@ -6,11 +6,11 @@ others (latent attention, gates inside a projection, sides that differ by layer)
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from evalq.checkpoint.dimensions import SIDES, side_lengths
-from evalq.checkpoint.findings import Finding
+from evalq.checkpoint.findings import Finding, Severity
 from evalq.checkpoint.headers import Checkpoint
 from evalq.checkpoint.safetensors import Logical
 from evalq.inspect.layers import is_language_model
@@ -36,14 +36,19 @@ def shape_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     assert checkpoint.contents is not None
     yield from _head_findings(checkpoint)
-    if str(checkpoint.text_config.get("model_type")) not in PLAIN_TYPES:
+    if not _is_plain(checkpoint):
         return
     expected = _expected_sides(checkpoint.text_config)
     for weight in checkpoint.contents.logical:
         if is_language_model(weight.bits.name):
             yield from _wrong_sides(weight, expected)
     if not checkpoint.integer("num_local_experts", "num_experts"):
-        yield from _missing_in_layers(checkpoint)
+        yield from _missing_in_layers(checkpoint, expected)
+
+
+def _is_plain(checkpoint: Checkpoint) -> bool:
+    """Whether the architecture is one whose layers have exactly the modules and sides known here."""
+    return str(checkpoint.text_config.get("model_type")) in PLAIN_TYPES
 
 
 def _expected_sides(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -84,19 +89,21 @@ def _layer_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     count = checkpoint.gguf_setting("block_count") if checkpoint.gguf else checkpoint.integer(*keys)
     if not present or type(count) is not int:
         return
+    # Other architectures may share weights between layers.
+    severity: Severity = "error" if checkpoint.gguf or _is_plain(checkpoint) else "warning"
     where = "the file's settings count" if checkpoint.gguf else "config.json counts"
     prefix = by_name[names[0]].string[: by_name[names[0]].start(1)]
     for number in sorted(set(range(min(count, _LAYERS_MAX))) - present):
         message = f"{prefix}{number} has no tensors; {where} {count} layers"
-        yield Finding("missing-layer", f"{prefix}{number}", message, "error")
+        yield Finding("missing-layer", f"{prefix}{number}", message, severity)
     extra = sum(checkpoint.integer(key) or 0 for key in _EXTRA_LAYERS)
     for number in sorted(n for n in present if n >= count + extra):
         message = f"{prefix}{number} is there; {where} {count} layers"
         yield Finding("extra-layer", f"{prefix}{number}", message, "warning")
 
 
-def _missing_in_layers(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Weights that some layers of a dense model have and others lack."""
+def _missing_in_layers(checkpoint: Checkpoint, needed: Collection[str]) -> Iterator[Finding]:
+    """Weights that some layers of a dense model have and others lack; `needed` are modules of every layer."""
     holders: dict[str, set[int]] = defaultdict(set)
     prefixes: dict[int, str] = {}
     for tensor in checkpoint.storage.tensors:
@@ -106,10 +113,19 @@ def _missing_in_layers(checkpoint: Checkpoint) -> Iterator[Finding]:
             holders[module].add(int(match[1]))
             prefixes[int(match[1])] = tensor.name[: match.end()]
     for module, layers in holders.items():
-        for number in sorted(prefixes.keys() - layers):
+        absent = sorted(prefixes.keys() - layers)
+        if module.rpartition(".")[2] not in needed and len(absent) > len(layers):
+            for number in sorted(layers):
+                name = f"{prefixes[number]}{module}"
+                message = f"{name} is there; {len(absent)} other layers have no such module"
+                yield Finding("extra-tensor", name, message, "warning")
+            continue
+        # What is not in the table of sides may belong to some layers alone.
+        severity: Severity = "error" if module.rpartition(".")[2] in needed else "warning"
+        for number in absent:
             name = f"{prefixes[number]}{module}.weight"
             message = f"{name} is not there; {len(layers)} other layers have it"
-            yield Finding("missing-tensor", name, message, "error")
+            yield Finding("missing-tensor", name, message, severity)
 
 
 def _head_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -119,7 +135,8 @@ def _head_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     if tied is False and not has_head:
         message = "config.json does not tie the head to the embedding, and no head is in the files"
-        yield Finding("missing-head", "lm_head.weight", message, "error")
+        severity: Severity = "error" if _is_plain(checkpoint) else "warning"
+        yield Finding("missing-head", "lm_head.weight", message, severity)
     # exllamav3 writes a quantized copy of a tied head on purpose.
     if tied is True and has_head and not checkpoint.storage.format.startswith("EXL3"):
         name = next(t.name for t in checkpoint.storage.tensors if t.kind == "head")

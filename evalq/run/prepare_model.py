@@ -13,7 +13,7 @@ from evalq.checkpoint.fingerprint import fingerprint
 from evalq.checkpoint.headers import Checkpoint, open_checkpoint
 from evalq.checkpoint.locate import ModelFiles, locate, locate_adapter
 from evalq.errors import ModelError
-from evalq.inspect.consistency import check
+from evalq.inspect.consistency import require_sound
 from evalq.interpreters import versions
 from evalq.registry import Engine, backend, resolve_engine
 from evalq.results.store import Store
@@ -60,8 +60,8 @@ def prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared:
     found = _installed_versions(engine, python)
     files = locate(spec, offline)
     checkpoint = open_checkpoint(files.path)
-    storage = checkpoint.storage
-    _require_sound(checkpoint)
+    notes = require_sound(checkpoint, spec.ignore_findings)
+    storage = replace(checkpoint.storage, findings=(*checkpoint.storage.findings, *notes))
     adapter = None if spec.lora is None else _adapter(spec, spec.lora, engine, checkpoint, offline)
     print_ = fingerprint(checkpoint.files, store.root / "digests.json")
     overlay = None
@@ -83,17 +83,6 @@ def prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared:
         identity |= {"lora": adapter.name, "lora_digest": lora}
         storage = _with_adapter(storage, adapter)
     return Prepared(spec, engine, python, found, files, checkpoint, storage, identity, adapter)
-
-
-def _require_sound(checkpoint: Checkpoint) -> None:
-    """Raise ModelError (model_corrupt) for files that contradict themselves or their config.json."""
-    for finding in check(checkpoint):
-        if finding.severity == "error":
-            raise ModelError(
-                f"{checkpoint.name}: {finding}",
-                "model_corrupt",
-                "evalq inspect shows all that is wrong with it",
-            )
 
 
 def _adapter(spec: ModelSpec, lora: LoraSpec, engine: Engine, base: Checkpoint, offline: bool) -> Adapter:

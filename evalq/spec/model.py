@@ -96,6 +96,9 @@ class ModelSpec(Spec):
         default=None, description="interpreter of the engine's environment: a program that evalq will run"
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+    ignore_findings: bool | list[Name] = Field(
+        default=False, description="score it in spite of these findings of `evalq inspect`; true: of all"
+    )
     reference: bool = Field(default=False, description="the model that the others are compared with")
     out_logits: str | None = Field(
         default=None, description="compare_q's key: marks the reference, as `reference` does"

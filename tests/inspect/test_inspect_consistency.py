@@ -161,8 +161,7 @@ def test_scale_missing_in_other_families(tmp_path, linear, settings, lost, words
 def test_group_size_that_does_not_divide(tmp_path):
     config = llama_config(576, 1536, 9, 3, 96, 2, head_dim=64, **INT4)
     found = check(write_model(tmp_path, llama(config, packed_int4), config))
-    assert set(names(found)) == {"group-size-indivisible"}
-    assert found[0].severity == "error"
+    assert {(f.name, f.severity) for f in found} == {("group-size-indivisible", "warning")}
     assert found[0].message == (
         "model.layers.0.self_attn.q_proj.weight_scale has groups of 128, which do not divide 576 columns; "
         "1 more like it"
@@ -307,6 +306,27 @@ def test_tensor_missing_in_one_layer(tmp_path):
     del shapes["model.layers.1.mlp.down_proj.weight"]
     finding = only(write_model(tmp_path, shapes, small_config()))
     assert (finding.name, finding.tensor) == ("missing-tensor", "model.layers.1.mlp.down_proj.weight")
+    assert finding.severity == "error"
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_a_tensor_that_one_layer_has_alone_is_a_warning(tmp_path, layers):
+    """transformers leaves it out and loads the model as it is."""
+    config = small_config() | {"num_hidden_layers": layers}
+    shapes = llama(config) | plain("model.layers.0.mlp.extra_proj", 8, 256)
+    finding = only(write_model(tmp_path, shapes, config))
+    assert finding.severity == "warning"
+    if layers > 2:
+        assert (finding.name, finding.tensor) == ("extra-tensor", "model.layers.0.mlp.extra_proj")
+
+
+def test_layers_and_heads_of_unknown_architectures_are_warnings(tmp_path):
+    config = small_config(model_type="shares_its_layers") | {"num_hidden_layers": 4}
+    found = check(write_model(tmp_path, llama(small_config(), head=None), config))
+    assert {(f.name, f.severity) for f in found} == {
+        ("missing-layer", "warning"),
+        ("missing-head", "warning"),
+    }
 
 
 def test_head_against_the_config(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import make_tiny
+from checkpoints import llama, llama_config, make_tiny, plain, write_model
 from conftest import Runs
 from safetensors.numpy import load_file
 
@@ -304,3 +304,29 @@ def test_reference_is_the_one_with_most_bits_unless_marked(runs: Runs) -> None:
     _, (small, large) = runs.compare(runs.data(), runs.models(few, {"label": "Many", "options": {"seed": 1}}))
     assert small["against_reference"]["label"] == "Many" and large["against_reference"] is None
     assert (small["layer_bpw"], small["head_bpw"], small["vram_gb"]) == (4.0, 6.0, 1.0)
+
+
+def test_findings_that_the_spec_ignores(runs: Runs, tmp_path: Path) -> None:
+    """Files that contradict themselves are not scored, unless the spec says so; then the record does, too."""
+    broken = str(make_tiny(tmp_path / "broken", num_hidden_layers=2))
+    models = runs.models(
+        {"model_dir": broken},
+        {"model_dir": broken, "ignore_findings": ["missing-layer"]},
+        {"model_dir": broken, "ignore_findings": True},
+        {"model_dir": broken, "ignore_findings": ["other"]},
+    )
+    code, (refused, named, every, other) = runs.compare(runs.data(), models)
+    assert code == 1
+    assert [record["status"] for record in (refused, named, every, other)] == ["failed", "ok", "ok", "failed"]
+    assert '"ignore_findings": ["missing-layer"]' in refused["error"]["remedy"]
+    assert any(note.startswith("ignored, as the spec says: missing-layer") for note in named["notes"])
+
+
+def test_a_rule_of_thumb_is_a_note(runs: Runs, tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 4, "num_attention_heads": 1, "hidden_size": 8, "intermediate_size": 16}
+    shapes = llama(llama_config(8, 16, 1, 1, 258, 4), head=None) | plain("model.layers.0.mlp.unused", 4, 4)
+    facts = config | {"model_type": "llama", "vocab_size": 258, "tie_word_embeddings": True}
+    extra = str(write_model(tmp_path / "extra", shapes, facts))
+    code, (record,) = runs.compare(runs.data(), runs.models({"model_dir": extra}))
+    assert code == 0 and record["status"] == "ok"
+    assert any(note.startswith("extra-tensor: model.layers.0.mlp.unused") for note in record["notes"])
