@@ -20,7 +20,7 @@ import torch
 DIFFERENCE_MAX_NATS = 0.05
 _RECORDABLE = {"TransformerBlock", "Attention", "GatedMLP", "MLP", "Linear", "RMSNorm", "LayerNorm"}
 
-Scores = tuple[Any, Any]
+Tensors = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,20 @@ class Replay:
         graph: what is replayed.
         hidden_BTH: its input, the embedded tokens.
         targets_R: its other input, the ids to score.
-        scores: its outputs, overwritten by every replay.
+        scores: its outputs by column, overwritten by every replay.
     """
 
     graph: Any
     hidden_BTH: Any
     targets_R: Any
-    scores: Scores
+    scores: Tensors
 
-    def run(self, embedded_BTH: Any, targets_R: Any) -> Scores:
+    def run(self, embedded_BTH: Any, targets_R: Any) -> Tensors:
         """Scores of another batch of the same shape."""
         self.hidden_BTH.copy_(embedded_BTH)
         self.targets_R.copy_(targets_R)
         self.graph.replay()
-        return self.scores[0].clone(), self.scores[1].clone()
+        return {name: column.clone() for name, column in self.scores.items()}
 
 
 def dense(modules: list[Any]) -> bool:
@@ -68,7 +68,7 @@ def recordable(model: Any, modules: list[Any], params: dict[str, Any]) -> bool:
     )
 
 
-def record(step: Callable[[Any, Any], Scores], embedded_BTH: Any, targets_R: Any, device: Any) -> Replay:
+def record(step: Callable[[Any, Any], Tensors], embedded_BTH: Any, targets_R: Any, device: Any) -> Replay:
     """Record one forward.
 
     Args:

@@ -9,7 +9,7 @@ Source: `exllamav3/modules/quant/exl3.py` of https://github.com/turboderp-org/ex
 """
 
 import contextlib
-import math
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from evalq.backend import Batch
+from evalq.backends._torch_scores import score_rows
 
 # Above exllamav3's AUTO_RECONSTRUCT_THRESHOLD (144 rows) in version 1.6.
 INPUT_TOKENS_MIN = 256
@@ -44,7 +45,8 @@ class Handle:
         use_graph: whether batches of one shape may be replayed as a CUDA graph.
         notes: of the LoadedModel.
         replay: the recorded forward, None before there is one.
-        replayed_shape: of the batches it is for.
+        replayed_kind: of the batches it is for.
+        setup_seconds: spent on recording.
     """
 
     model: Any
@@ -56,7 +58,12 @@ class Handle:
     use_graph: bool
     notes: list[str]
     replay: Any = None
-    replayed_shape: tuple[int, int, int] | None = None
+    replayed_kind: "_Kind | None" = None
+    setup_seconds: float = 0.0
+
+
+# What batches must share to be one graph: B, T, the first target, the columns.
+_Kind = tuple[int, int, int, tuple[str, ...]]
 
 
 def _inputs(batch: Batch) -> Any:
@@ -67,29 +74,33 @@ def _inputs(batch: Batch) -> Any:
     return torch.nn.functional.pad(ids, (0, max(0, INPUT_TOKENS_MIN - ids.shape[1])))
 
 
-def resident(handle: Handle, batches: list[Batch]) -> Iterator[tuple[Any, Any]]:
+def resident(handle: Handle, batches: list[Batch]) -> Iterator[dict[str, Any]]:
     """Scores of each batch, by a model that is loaded whole."""
     import torch
 
-    common, n_common = Counter(map(_shape, batches)).most_common(1)[0]
+    common, n_common = Counter(map(_kind, batches)).most_common(1)[0]
     for batch in batches:
-        shape = _shape(batch)
+        kind = _kind(batch)
         with torch.inference_mode():
-            if handle.replay is not None and shape == handle.replayed_shape:
+            if handle.replay is not None and kind == handle.replayed_kind:
                 embedded = _embedded(handle, batch, {"attn_mode": ATTENTION})
                 scores = handle.replay.run(embedded, _targets(batch))
             else:
                 # forward() writes into the dictionary: a fresh one for every call.
                 hidden = handle.model.forward(_inputs(batch), {"attn_mode": ATTENTION})
-                scores = score_rows(handle, *_scored_rows(hidden, batch))
+                scores = head_scores(handle, *_scored_rows(hidden, batch), batch.columns)
                 del hidden
-                if handle.use_graph and shape == common and n_common >= GRAPH_BATCHES_MIN:
+                if handle.use_graph and kind == common and n_common >= GRAPH_BATCHES_MIN:
+                    torch.cuda.synchronize()
+                    began = time.perf_counter()
                     handle.replay = None  # at most one takes memory
-                    handle.replay, handle.replayed_shape = _recorded(handle, batch, scores), shape
+                    handle.replay, handle.replayed_kind = _recorded(handle, batch, scores), kind
+                    torch.cuda.synchronize()
+                    handle.setup_seconds += time.perf_counter() - began
         yield scores
 
 
-def _recorded(handle: Handle, batch: Batch, scores: tuple[Any, Any]) -> Any:
+def _recorded(handle: Handle, batch: Batch, scores: dict[str, Any]) -> Any:
     """The forward of this batch's shape as a graph that gives the same scores, or None."""
     import torch
 
@@ -97,13 +108,14 @@ def _recorded(handle: Handle, batch: Batch, scores: tuple[Any, Any]) -> Any:
 
     params = {"attn_mode": ATTENTION}
     embedded = _embedded(handle, batch, params)
-    targets_R = _targets(batch).to(scores[0].device)
+    device = next(iter(scores.values())).device
+    targets_R = _targets(batch).to(device)
     whole = handle.model.fwd_modules
 
-    def step(hidden_BTH: Any, targets_R: Any) -> tuple[Any, Any]:
+    def step(hidden_BTH: Any, targets_R: Any) -> dict[str, Any]:
         hidden_BTH = handle.model.forward_ls(hidden_BTH, {"attn_mode": ATTENTION})
         rows_RH, _ = _scored_rows(hidden_BTH, batch, targets_R)
-        return score_rows(handle, rows_RH, targets_R)
+        return head_scores(handle, rows_RH, targets_R, batch.columns)
 
     handle.use_graph = recordable(handle.model, [*handle.body, handle.head], params)
     if not handle.use_graph:
@@ -111,9 +123,13 @@ def _recorded(handle: Handle, batch: Batch, scores: tuple[Any, Any]) -> Any:
     handle.model.fwd_modules = whole[1:]
     try:
         replay = record(step, embedded, targets_R, handle.body[-1].device)
-        again, _ = replay.run(embedded, targets_R)
+        again = replay.run(embedded, targets_R)
         # Two NaN are no difference: what is not finite is reported with the scores.
-        difference = float((again - scores[0]).abs().nan_to_num(nan=0.0).max())
+        difference = max(
+            float((again[name].float() - scores[name].float()).abs().nan_to_num(nan=0.0).max())
+            for name in scores
+            if scores[name].is_floating_point()
+        )
         problem = f"it changes scores by {difference:.3f} nats" if difference > DIFFERENCE_MAX_NATS else ""
     except RuntimeError as error:
         torch.cuda.synchronize()
@@ -127,8 +143,9 @@ def _recorded(handle: Handle, batch: Batch, scores: tuple[Any, Any]) -> Any:
     return replay
 
 
-def _shape(batch: Batch) -> tuple[int, int, int]:
-    return (*batch.ids_BT.shape, batch.start)
+def _kind(batch: Batch) -> _Kind:
+    n_windows, n_tokens = batch.ids_BT.shape
+    return n_windows, n_tokens, batch.first_target, batch.columns
 
 
 def _embedded(handle: Handle, batch: Batch, params: dict[str, Any]) -> Any:
@@ -138,7 +155,7 @@ def _embedded(handle: Handle, batch: Batch, params: dict[str, Any]) -> Any:
     return embedding.forward(embedding.prepare_for_device(ids, params), params)
 
 
-def streamed(handle: Handle, batches: list[Batch]) -> Iterator[tuple[Any, Any]]:
+def streamed(handle: Handle, batches: list[Batch]) -> Iterator[dict[str, Any]]:
     """Module by module over all batches. Hidden states wait in RAM, so that windows take no GPU memory."""
     import torch
 
@@ -159,7 +176,7 @@ def streamed(handle: Handle, batches: list[Batch]) -> Iterator[tuple[Any, Any]]:
             with torch.inference_mode():
                 hidden = handle.head.prepare_for_device(states[i], {})
                 states[i] = None
-                scores = score_rows(handle, *_scored_rows(hidden, batch))
+                scores = head_scores(handle, *_scored_rows(hidden, batch), batch.columns)
                 del hidden
             yield scores
 
@@ -189,40 +206,29 @@ def _targets(batch: Batch) -> Any:
     """Ids to score, int64 [R], on the CPU."""
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(batch.ids_BT[:, batch.start + 1 :])).flatten()
+    return torch.from_numpy(np.ascontiguousarray(batch.targets_BR)).flatten()
 
 
 def _scored_rows(hidden_BTH: Any, batch: Batch, targets_R: Any = None) -> tuple[Any, Any]:
     """The hidden states that predict a target [R, H], and the targets [R] beside them."""
-    rows_RH = hidden_BTH[:, batch.start : batch.ids_BT.shape[1] - 1].flatten(0, 1).contiguous()
+    rows_RH = hidden_BTH[:, batch.first_target - 1 : batch.ids_BT.shape[1] - 1].flatten(0, 1).contiguous()
     return rows_RH, _targets(batch).to(rows_RH.device) if targets_R is None else targets_R
 
 
-def score_rows(handle: Handle, rows_RH: Any, targets_R: Any) -> tuple[Any, Any]:
-    """Log-probability (float32) and top-1 of each target, both [R] on the GPU."""
+def head_scores(handle: Handle, rows_RH: Any, targets_R: Any, columns: tuple[str, ...]) -> dict[str, Any]:
+    """Columns of each target, tensors [R] on the GPU."""
     import torch
 
     n_rows = len(targets_R)
     if n_rows < CHUNK_ROWS_MIN // 2:
         rows_RH = torch.nn.functional.pad(rows_RH, (0, 0, 0, CHUNK_ROWS_MIN // 2 - n_rows))
-    logprob = torch.empty(n_rows, dtype=torch.float32, device=rows_RH.device)
-    top1 = torch.empty(n_rows, dtype=torch.bool, device=rows_RH.device)
-    # Chunks of one size: a short last chunk would run other kernels.
-    n_chunks = math.ceil(n_rows / handle.chunk_rows)
+
+    def logits_of(rows: slice) -> Any:
+        logits = handle.head.forward(rows_RH[rows], {"reconstruct": True}, out_dtype=torch.float)
+        return logits[:, : handle.vocab_size]
+
     with _narrow_slices(rows_RH.shape[1]):
-        for chunk in np.array_split(np.arange(len(rows_RH)), n_chunks):
-            rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
-            logits = handle.head.forward(rows_RH[rows], {"reconstruct": True}, out_dtype=torch.float)
-            part = slice(rows.start, min(rows.stop, n_rows))
-            logits = logits[: part.stop - part.start, : handle.vocab_size]
-            best = logits.max(dim=-1)
-            target = logits.gather(-1, targets_R[part, None])[:, 0]
-            # In place: the chunk is the only [rows, V] tensor there is.
-            log_sum = logits.sub_(best.values[:, None]).exp_().sum(dim=-1).log_()
-            logprob[part] = target - best.values - log_sum
-            top1[part] = best.indices == targets_R[part]
-            del logits, best
-    return logprob, top1
+        return score_rows(logits_of, targets_R, handle.chunk_rows, columns, len(rows_RH))
 
 
 @contextlib.contextmanager

@@ -10,27 +10,15 @@ Source: https://huggingface.co/docs/tokenizers
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from evalq.backend import Tokenizer
 from evalq.errors import ModelError
 
 TOKENIZER_FILE = "tokenizer.json"
 
 
-class Tokenizer(Protocol):
-    """What `load_tokenizer` returns: evalq.backend.Tokenizer."""
-
-    bos_id: int | None
-    eos_id: int | None
-    adds_bos: bool
-    vocab_size: int
-
-    def encode(self, text: str, add_special: bool) -> list[int]:
-        """Ids of a text."""
-        ...
-
-
-class JsonTokenizer:
+class JsonTokenizer(Tokenizer):
     """A tokenizer.json, without transformers. Truncation and padding that it may ask for are switched off."""
 
     def __init__(self, directory: Path) -> None:

@@ -1,6 +1,7 @@
 """One llama_batch in, scores out: the arrays of a decode call and the log-sum-exp of its logits."""
 
 import ctypes
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -9,12 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evalq.backend import Ids
+from evalq.backend import Ids, Scores
 from evalq.backends import _llama
+from evalq.columns import ENTROPY, LOGPROB, TOP1
 
 
 @dataclass
-class Batch:
+class LlamaBatch:
     """The arrays behind one llama_batch: [n_batch] each, filled anew for every decode."""
 
     capacity: int
@@ -51,56 +53,62 @@ class Batch:
         )
 
 
-@dataclass(frozen=True)
-class RowScores:
-    """Scores of N rows of logits.
-
-    Args:
-        logprob: ln softmax(row)[target], float32 [N].
-        top1: whether no other logit of the row is larger than the target's, bool [N].
-    """
-
-    logprob: NDArray[np.float32]
-    top1: NDArray[np.bool_]
+COLUMNS = (LOGPROB, TOP1, ENTROPY)
 
 
 def score_rows(
-    logits_NV: NDArray[np.float32], targets_N: Ids, pool: Executor | None = None, n_slices: int = 1
-) -> RowScores:
-    """Score each row's target, without a copy of the logits larger than one row per slice.
+    logits_NV: NDArray[np.float32],
+    targets_N: Ids,
+    columns: Sequence[str],
+    pool: Executor | None = None,
+    n_slices: int = 1,
+) -> Scores:
+    """Columns of each row's target, [N], without a copy of the logits larger than one row per slice.
 
     A row at a time stays in the L2 cache. float32 sums over a row are pairwise in numpy, which keeps
-    log-sum-exp within 2e-6 of float64. A row with NaN or an infinite maximum gives NaN.
+    log-sum-exp within 2e-6 of float64. A row with NaN or an infinite maximum gives NaN; `top1` is whether no
+    other logit of the row is larger than the target's.
 
     Args:
         logits_NV: float32, unchanged on return.
         targets_N: the column scored in each row.
+        columns: names of COLUMNS.
         pool: threads to score the slices in (numpy releases the interpreter lock), None for this one.
         n_slices: how many parts the rows are cut into.
     """
     n = len(targets_N)
-    scores = RowScores(np.empty(n, np.float32), np.empty(n, np.bool_))
+    # Those not asked for cost a store of one number a row.
+    everything = {column.name: np.empty(n, column.dtype) for column in COLUMNS}
+    found = {name: everything[name] for name in columns}
+    entropy = ENTROPY.name in found
     if pool is None:
-        _score_slice(logits_NV, targets_N, scores, slice(0, n))
-        return scores
+        _score_slice(logits_NV, targets_N, everything, slice(0, n), entropy)
+        return found
     cuts = [n * i // n_slices for i in range(n_slices + 1)]
     jobs = [
-        pool.submit(_score_slice, logits_NV, targets_N, scores, slice(a, b))
+        pool.submit(_score_slice, logits_NV, targets_N, everything, slice(a, b), entropy)
         for a, b in pairwise(cuts)
         if a < b
     ]
     for job in jobs:
         job.result()
-    return scores
+    return found
 
 
-def _score_slice(logits_NV: NDArray[np.float32], targets_N: Ids, scores: RowScores, rows: slice) -> None:
+def _score_slice(
+    logits_NV: NDArray[np.float32], targets_N: Ids, scores: Scores, rows: slice, entropy: bool
+) -> None:
     scratch_V = np.empty(logits_NV.shape[1], np.float32)
+    logprob, top1 = scores[LOGPROB.name], scores[TOP1.name]
     with np.errstate(invalid="ignore", over="ignore"):
         for i in range(rows.start, rows.stop):
             row_V = logits_NV[i]
             top, own = row_V.max(), row_V[targets_N[i]]
             np.subtract(row_V, top, out=scratch_V)
             np.exp(scratch_V, out=scratch_V)
-            scores.logprob[i] = float(own - top) - np.log(float(scratch_V.sum()))
-            scores.top1[i] = own == top
+            total = float(scratch_V.sum())
+            logprob[i] = float(own - top) - np.log(total)
+            top1[i] = own == top
+            if entropy:
+                mean = float(np.multiply(scratch_V, row_V - top, out=scratch_V).sum()) / total
+                scores[ENTROPY.name][i] = np.log(total) - mean

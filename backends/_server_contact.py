@@ -11,7 +11,7 @@ import numpy as np
 
 from evalq.backends._server_client import Client, NotOffered
 from evalq.backends._server_scores import WAYS, Answer, Ids, ModelCard, ModelList, Version, Way, parsed
-from evalq.backends._vllm_scores import RowScores
+from evalq.backends._vllm_scores import Row
 from evalq.checkpoint.damage import clipped
 from evalq.errors import ModelError
 
@@ -32,6 +32,7 @@ class Served:
         names: all of its names, of which answers carry one.
         card: what the server lists about it.
         way: how to ask for log-probabilities.
+        columns: names of those that its answers hold.
         fingerprint: of the server's configuration, equal in every answer; None where it gives none.
         versions: what the numbers depend on there, the engine first.
         notes: what a reader of the result should know.
@@ -41,6 +42,7 @@ class Served:
     names: frozenset[str]
     card: ModelCard
     way: Way
+    columns: tuple[str, ...]
     fingerprint: str | None
     versions: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -52,7 +54,7 @@ def find_served(client: Client) -> Served:
     card = _choose(cards, client.settings.model)
     # With several names for one model, vLLM answers with the first.
     names = {other.id for other in cards if other.root is not None and other.root == card.root} | {card.id}
-    way, fingerprint = _find_way(client, card.id)
+    way, columns, fingerprint = _find_way(client, card.id)
     version = _version(client)
     engine = "vllm" if card.owned_by == "vllm" else "server"
     versions = {engine: version or "unknown", "served_model": clipped(card.id)}
@@ -61,10 +63,10 @@ def find_served(client: Client) -> Served:
     notes = [] if version or fingerprint else [UNKNOWN_VERSION]
     if card.parent is not None:
         notes.append(f"the server puts the adapter {clipped(card.id)} on {clipped(card.parent)}")
-    return Served(card.id, frozenset(names), card, way, fingerprint, versions, tuple(notes))
+    return Served(card.id, frozenset(names), card, way, columns, fingerprint, versions, tuple(notes))
 
 
-def score(client: Client, served: Served, ids_T: Ids, start: int, stop: Event) -> RowScores:
+def score(client: Client, served: Served, ids_T: Ids, start: int, stop: Event) -> Row:
     """Scores of the targets ids_T[start+1:] of one window.
 
     Raises:
@@ -92,9 +94,7 @@ def serves_elsewhere(root: str, path: Path) -> bool:
     return Path(root).name != path.name and cached not in path.parts
 
 
-def _ask(
-    client: Client, way: Way, model: str, ids_T: Ids, start: int, stop: Event
-) -> tuple[Answer, RowScores]:
+def _ask(client: Client, way: Way, model: str, ids_T: Ids, start: int, stop: Event) -> tuple[Answer, Row]:
     url = f"{client.settings.base_url}/completions"
     ids = ids_T.tolist()
     body = {"model": model, "prompt": ids, "temperature": 0, **way.asks}
@@ -140,16 +140,16 @@ def _version(client: Client) -> str | None:
     return clipped(found.version)
 
 
-def _find_way(client: Client, model: str) -> tuple[Way, str | None]:
-    """The first way that this server offers, and its fingerprint."""
+def _find_way(client: Client, model: str) -> tuple[Way, tuple[str, ...], str | None]:
+    """The first way that this server offers, the columns it gives, and the server's fingerprint."""
     reasons = []
     for way in WAYS:
         try:
-            answer, _ = _ask(client, way, model, PROBE_IDS, 0, Event())
+            answer, row = _ask(client, way, model, PROBE_IDS, 0, Event())
         except NotOffered as error:
             reasons.append(f"{way.name}: {error.message}")
             continue
-        return way, answer.system_fingerprint
+        return way, tuple(row), answer.system_fingerprint
     raise ModelError(
         f"{client.settings.base_url} gives no log-probabilities of a prompt ({'; '.join(reasons)})",
         "engine_error",

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from evalq.backends._server_client import NotOffered
-from evalq.backends._vllm_scores import LN_HALF, RowScores
+from evalq.backends._vllm_scores import LN_HALF, Row
 from evalq.checkpoint.damage import clipped
+from evalq.columns import LOGPROB, TOP1, TOP1_BOUND
 from evalq.errors import ModelError
 
 Ids = NDArray[np.int64]
@@ -109,31 +110,34 @@ class Way:
 
     name: str
     asks: dict[str, Any]
-    read: Callable[[Choice, Ids, int], RowScores]
+    read: Callable[[Choice, Ids, int], Row]
 
 
-def from_prompt_logprobs(choice: Choice, ids_T: Ids, start: int) -> RowScores:
+def from_prompt_logprobs(choice: Choice, ids_T: Ids, start: int) -> Row:
     """Scores of ids_T[start+1:]. Raises NotOffered (there are none), ModelError (not of these tokens)."""
     found = choice.prompt_logprobs
     if found is None:
         raise NotOffered('no "prompt_logprobs" in the answer', "engine_error")
     _check_count(len(found), len(ids_T))
     entries: list[Entry] = []
-    for at in range(1, len(ids_T)):
+    for at in range(start + 1, len(ids_T)):
         element, token = found[at], int(ids_T[at])
         if not element:
             raise _missing(at)
         if token not in element:
             raise _other_token(str(next(iter(element))), token, at)
         entries.append(element[token])
-    top1 = [entry.rank == 1 for entry in entries]
-    return _checked([entry.logprob for entry in entries], top1, ids_T, start)
+    logprob = _checked([entry.logprob for entry in entries], ids_T, start)
+    if any(entry.rank is None for entry in entries):
+        return {LOGPROB.name: logprob, TOP1_BOUND.name: logprob > LN_HALF}
+    return {LOGPROB.name: logprob, TOP1.name: np.array([entry.rank == 1 for entry in entries], bool)}
 
 
-def from_echo(choice: Choice, ids_T: Ids, start: int) -> RowScores:
+def from_echo(choice: Choice, ids_T: Ids, start: int) -> Row:
     """Scores of ids_T[start+1:]. Raises NotOffered (there are none), ModelError (not of these tokens).
 
-    Where the server does not add the most probable token, top-1 is known above one half only.
+    Where the server does not add the most probable token, whether it was this one is known above one half
+    only.
     """
     found = choice.logprobs
     if found is None:
@@ -144,17 +148,21 @@ def from_echo(choice: Choice, ids_T: Ids, start: int) -> RowScores:
         )
     _check_count(min(len(found.tokens), len(found.token_logprobs), len(ids_T)), len(ids_T))
     logprobs: list[float] = []
-    top1: list[bool] = []
-    for at in range(1, len(ids_T)):
+    best: list[float] = []
+    for at in range(start + 1, len(ids_T)):
         token, value = int(ids_T[at]), found.token_logprobs[at]
         if found.tokens[at] != f"token_id:{token}":
             raise _other_token(found.tokens[at], token, at)
         if value is None:
             raise _missing(at)
-        best = found.top_logprobs[at] if found.top_logprobs and at < len(found.top_logprobs) else None
         logprobs.append(value)
-        top1.append(value >= max(best.values()) if best else value > LN_HALF)
-    return _checked(logprobs, top1, ids_T, start)
+        others = found.top_logprobs[at] if found.top_logprobs and at < len(found.top_logprobs) else None
+        if others:
+            best.append(max(others.values()))
+    logprob = _checked(logprobs, ids_T, start)
+    if len(best) < len(logprobs):
+        return {LOGPROB.name: logprob, TOP1_BOUND.name: logprob > LN_HALF}
+    return {LOGPROB.name: logprob, TOP1.name: np.asarray(logprobs) >= np.asarray(best)}
 
 
 WAYS = (
@@ -185,15 +193,16 @@ def _other_token(found: str, token: int, at: int) -> ModelError:
     return ModelError(message, "engine_error")
 
 
-def _checked(logprobs: list[float], top1: list[bool], ids_T: Ids, start: int) -> RowScores:
-    """The targets' scores, once all of the window's are log-probabilities."""
+def _checked(logprobs: list[float], ids_T: Ids, start: int) -> NDArray[np.float32]:
+    """The targets' log-probabilities, float32 [R]; -inf stays, and is counted with the result."""
     values = np.asarray(logprobs, np.float64)
-    wrong = np.flatnonzero(~((values > MINUS_INFINITY) & (values <= ROUNDING)))
+    wrong = np.flatnonzero(~(values <= ROUNDING))
     if len(wrong):
-        at = int(wrong[0]) + 1
-        value = logprobs[at - 1]
-        where = f"the server gives token {int(ids_T[at])} at position {at} the log-probability {value}"
-        if value > 0:
-            raise ModelError(where, "engine_error", "vLLM has to run with --logprobs-mode raw_logprobs")
-        raise ModelError(f"{where}, which stands for -inf or NaN", "non_finite")
-    return RowScores(values[start:].astype(np.float32), np.asarray(top1, bool)[start:])
+        at = int(wrong[0])
+        raise ModelError(
+            f"the server gives token {int(ids_T[start + 1 + at])} at position {start + 1 + at} the "
+            f"log-probability {logprobs[at]}",
+            "engine_error",
+            "vLLM has to run with --logprobs-mode raw_logprobs",
+        )
+    return np.where(values <= MINUS_INFINITY, -np.inf, values).astype(np.float32)

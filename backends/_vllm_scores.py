@@ -8,32 +8,22 @@ Sources: https://docs.vllm.ai/en/latest/api/vllm/outputs/ and https://docs.vllm.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evalq.columns import LOGPROB, TOP1, TOP1_BOUND
 from evalq.errors import ModelError
 
 # A token that has more than half of the probability is the most probable one.
 LN_HALF = math.log(0.5)
 
 
-@dataclass(frozen=True)
-class RowScores:
-    """Scores of one window's targets.
-
-    Args:
-        logprob: float32 [T-1-start], nats.
-        top1: bool of the same shape.
-    """
-
-    logprob: NDArray[np.float32]
-    top1: NDArray[np.bool_]
+Row = dict[str, NDArray[Any]]  # column name -> [R]
 
 
-def from_prompt_logprobs(found: Any, ids_T: NDArray[np.int64], start: int) -> RowScores:
+def from_prompt_logprobs(found: Any, ids_T: NDArray[np.int64], start: int) -> Row:
     """Scores from `RequestOutput.prompt_logprobs`, flat or a list of dictionaries.
 
     Args:
@@ -58,13 +48,13 @@ def from_prompt_logprobs(found: Any, ids_T: NDArray[np.int64], start: int) -> Ro
             f"{start + 1 + at}), {len(wrong)} of {len(ids)} positions differ",
             "engine_error",
         )
-    return RowScores(logprobs, ranks == 1)
+    return {LOGPROB.name: logprobs, TOP1.name: ranks == 1}
 
 
-def from_token_id_logprobs(found: Any, n_targets: int) -> RowScores:
+def from_token_id_logprobs(found: Any, n_targets: int) -> Row:
     """Scores from `RequestOutput.prompt_token_id_logprobs`, which has no ranks.
 
-    `top1` is therefore true only where the probability is above one half: a lower bound.
+    Whether the token is the most probable one is therefore known only above one half.
 
     Args:
         found: float32 [n_targets, 1].
@@ -79,7 +69,7 @@ def from_token_id_logprobs(found: Any, n_targets: int) -> RowScores:
             f"vLLM returned token log-probabilities of shape {shape}, not {(n_targets, 1)}", "engine_error"
         )
     logprob = np.asarray(found, np.float32)[:, 0]
-    return RowScores(logprob, logprob > LN_HALF)
+    return {LOGPROB.name: logprob, TOP1_BOUND.name: logprob > LN_HALF}
 
 
 _Entries = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]

@@ -12,31 +12,18 @@ Source: https://github.com/turboderp-org/exllamav3
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-from evalq.backend import Batch, Ids, LoadedModel, LoadRequest, Option, TokenScores
+from evalq.backend import Backend, Batch, LoadedModel, LoadRequest, Option, Scores, Tokenizer
 from evalq.backends._exl3_run import CHUNK_ROWS_MIN, INPUT_TOKENS_MIN, MIB, Handle, resident, streamed
-from evalq.backends._exl3_tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from evalq.backends._exl3_tokenizer import TOKENIZER_FILE, load_tokenizer
+from evalq.backends._tokenize import tokenize_fn
+from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, to_arrays
 from evalq.checkpoint.adapter import Adapter
 from evalq.errors import ModelError
 
-__all__ = [
-    "DISTRIBUTIONS",
-    "INSTALL",
-    "LORA_FEATURES",
-    "OPTIONS",
-    "close",
-    "forward",
-    "forward_many",
-    "load",
-    "load_tokenizer",
-]
-
-DISTRIBUTIONS = ("exllamav3", "torch")
-INSTALL = "pip install exllamav3"
-# It skips tensors that it does not know, and scales every module by the adapter's default rank and alpha.
-LORA_FEATURES = frozenset({"rslora"})
 OPTIONS = {
     "device": Option((str,), "cuda:N (default cuda:0); not together with gpu_split"),
     "gpu_split": Option((list,), "GiB to use of each GPU, [20, 24]: layers are spread over them in order"),
@@ -47,21 +34,60 @@ OPTIONS = {
         (bool,), "replay windows of one shape as one CUDA graph where the model allows (default true)"
     ),
     "batch_windows": Option(
-        (int,), "windows per forward (default: as many as fit in 2048 tokens, at least 1)"
+        (int,), "windows per batch (default: as many as fit in 2048 tokens, at least 1)", minimum=1
     ),
-    "head_chunk_mib": Option((int,), "most MiB of logits at once (default 32)"),
+    "head_chunk_mib": Option((int,), "most MiB of logits at once (default 32)", minimum=1),
 }
+_INSTALL = "pip install exllamav3"
 BATCH_TOKENS = 2048
 HEAD_CHUNK_MIB = 32
 
 
-def load(request: LoadRequest) -> LoadedModel:
-    """Load a checkpoint directory.
+class Exl3Backend(Backend):
+    """ExLlamaV3."""
 
-    Raises:
-        ModelError: engine_missing, no_gpu, bad_option, unsupported_format; the engine's own errors are
-            sorted by the caller.
-    """
+    distributions = ("exllamav3", "torch")
+    install = _INSTALL
+    options = OPTIONS
+    columns = COLUMNS
+    # It skips tensors that it does not know, and scales every module by the adapter's default rank and alpha.
+    lora_features = frozenset({"rslora"})
+    has_tokenizer = True
+
+    def load(self, request: LoadRequest) -> LoadedModel:
+        """Load a checkpoint directory.
+
+        Raises:
+            ModelError: engine_missing, no_gpu, bad_option, unsupported_format; the engine's own errors are
+                sorted by the caller.
+        """
+        return _load(request)
+
+    def score(self, model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
+        """In order; with `streaming` every module is loaded once for all batches."""
+        handle: Handle = model.handle
+        everything = list(batches)
+        run = resident if handle.streaming_device is None else streamed
+        if not everything:
+            return
+        for batch, found in zip(everything, run(handle, everything), strict=True):
+            model.setup_seconds = handle.setup_seconds
+            yield to_arrays(found, batch.shape)
+
+    def close(self, model: LoadedModel) -> None:
+        """Free the model and torch's cache."""
+        import torch
+
+        model.handle.model.unload()
+        model.handle = None
+        torch.cuda.empty_cache()
+
+    def load_tokenizer(self, path: Path, trust_remote_code: bool = False) -> Tokenizer:
+        """The tokenizer of a checkpoint directory. Raises ModelError when there is none."""
+        return load_tokenizer(path, trust_remote_code)
+
+
+def _load(request: LoadRequest) -> LoadedModel:
     _check(request)
     import torch
 
@@ -108,34 +134,12 @@ def load(request: LoadRequest) -> LoadedModel:
         device=_devices(model, device),
         dtype="float16",
         batch_windows=batch_windows,
-        tokenize=_tokenize_fn(request),
-        peak_memory_bytes=_peak_memory_fn(),
+        tokenize=tokenize_fn(request, load_tokenizer, (TOKENIZER_FILE,)),
+        peak_memory_bytes=peak_memory_fn(device),
         versions={"cuda": str(torch.version.cuda)},
         notes=notes,
+        warm_up=not streaming,
     )
-
-
-def forward(model: LoadedModel, ids_BT: Ids, start: int) -> TokenScores:
-    """Score ids_BT[:, start+1:]. The last token predicts nothing that is asked for, so it is not run."""
-    return next(forward_many(model, [Batch(ids_BT, start)]))
-
-
-def forward_many(model: LoadedModel, batches: list[Batch]) -> Iterator[TokenScores]:
-    """Score all batches in their order; with `streaming` every module is loaded once for all of them."""
-    handle: Handle = model.handle
-    scored = resident(handle, batches) if handle.streaming_device is None else streamed(handle, batches)
-    for batch, (logprob, top1) in zip(batches, scored, strict=True):
-        shape = (len(batch.ids_BT), batch.ids_BT.shape[1] - 1 - batch.start)
-        yield TokenScores(logprob.cpu().numpy().reshape(shape), top1.cpu().numpy().reshape(shape))
-
-
-def close(model: LoadedModel) -> None:
-    """Free the model and torch's cache."""
-    import torch
-
-    model.handle.model.unload()
-    model.handle = None
-    torch.cuda.empty_cache()
 
 
 def _check(request: LoadRequest) -> None:
@@ -144,7 +148,7 @@ def _check(request: LoadRequest) -> None:
     for package in ("exllamav3", "torch"):
         if importlib.util.find_spec(package) is None:
             raise ModelError(
-                f"{package} is not installed", "engine_missing", f"{INSTALL} (needs a CUDA build of torch)"
+                f"{package} is not installed", "engine_missing", f"{_INSTALL} (needs a CUDA build of torch)"
             )
     import torch
 
@@ -152,7 +156,7 @@ def _check(request: LoadRequest) -> None:
         raise ModelError(
             "exllamav3 needs a CUDA GPU and torch sees none",
             "no_gpu",
-            f'use a machine with an NVIDIA GPU and a CUDA build of torch; there: "{INSTALL}"',
+            f'use a machine with an NVIDIA GPU and a CUDA build of torch; there: "{_INSTALL}"',
         )
     _check_options(request.options)
     if request.adapter is not None and request.options.get("streaming"):
@@ -172,9 +176,6 @@ def _check_options(options: dict[str, Any]) -> None:
     device = options.get("device", "cuda:0")
     if device != "cuda" and not (device.startswith("cuda:") and device[5:].isdecimal()):
         raise ModelError(f'device is "{device}", exllamav3 runs on cuda:0, cuda:1, ...', "bad_option")
-    for name in ("batch_windows", "head_chunk_mib"):
-        if options.get(name, 1) < 1:
-            raise ModelError(f"{name} is {options[name]}, it should be at least 1", "bad_option")
 
 
 def _model(request: LoadRequest) -> Any:
@@ -223,20 +224,6 @@ def _small_workspace(model: Any) -> None:
 
     if "quantization_config" in model.config.config_dict and dense(model.modules):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-
-
-def _tokenize_fn(request: LoadRequest) -> Any:
-    if not (request.path / TOKENIZER_FILE).is_file():
-        return None
-    tokenizer: Tokenizer = load_tokenizer(request.path, request.trust_remote_code)
-    return lambda text: tokenizer.encode(text, False)
-
-
-def _peak_memory_fn() -> Any:
-    import torch
-
-    torch.cuda.reset_peak_memory_stats()
-    return lambda: sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
 
 
 def _devices(model: Any, device: Any) -> str:

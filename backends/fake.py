@@ -13,22 +13,22 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evalq.backend import Ids, LoadedModel, LoadRequest, Option, TokenScores
+from evalq.backend import Backend, Batch, Ids, LoadedModel, LoadRequest, Option, Scores, Tokenizer
+from evalq.columns import ENTROPY, LOGPROB, TOP1, TOP1_BOUND
 from evalq.errors import ModelError
 
-DISTRIBUTIONS = ("evalq",)
-INSTALL = "pip install evalq"
 OPTIONS = {
     "mode": Option((str,), "uniform, oracle or hashed", ("uniform", "oracle", "hashed"), numeric=True),
-    "vocab_size": Option((int,), "V (default 65536)", numeric=True),
+    "vocab_size": Option((int,), "V (default 65536)", numeric=True, minimum=1),
     "seed": Option((int,), "of hashed (default 0)", numeric=True),
-    "batch_windows": Option((int,), "windows per forward (default 1)"),
-    "seconds_per_window": Option((int, float), "sleep that long for each window (default 0)"),
+    "batch_windows": Option((int,), "windows per batch (default 1)", minimum=1),
+    "seconds_per_window": Option((int, float), "sleep that long for each window (default 0)", minimum=0),
     "misbehave": Option(
         (str,),
         "fail the way an engine does; the choices say how (default: it behaves)",
@@ -43,6 +43,7 @@ OPTIONS = {
             "some-nan",
             "wrong-shape",
             "chatter",
+            "no-top1",
         ),
         numeric=True,
     ),
@@ -50,21 +51,45 @@ OPTIONS = {
 }
 
 
-class _Tokenizer:
+class _Tokenizer(Tokenizer):
     """UTF-8 bytes as ids, with 256 and 257 as BOS and EOS."""
 
     bos_id, eos_id, adds_bos, vocab_size = 256, 257, False, 258
 
     def encode(self, text: str, add_special: bool) -> list[int]:
-        return list(text.encode())
+        return list(text.encode(errors="surrogatepass"))
 
 
-def load_tokenizer(path: Path, trust_remote_code: bool = False) -> _Tokenizer:
-    """The byte tokenizer, whatever the path."""
-    return _Tokenizer()
+class FakeBackend(Backend):
+    """An engine that makes its numbers up, reproducibly."""
+
+    distributions = ("evalq",)
+    install = "pip install evalq"
+    options = OPTIONS
+    columns = (LOGPROB, TOP1, TOP1_BOUND, ENTROPY)
+    has_tokenizer = True
+
+    def load(self, request: LoadRequest) -> LoadedModel:
+        """Read options; nothing is loaded."""
+        return _load(request)
+
+    def score(self, model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
+        """Numbers as the mode says."""
+        for batch in batches:
+            yield _score(model, batch)
+
+    def close(self, model: LoadedModel) -> None:
+        """Nothing to free."""
+        if model.handle is None:
+            raise ModelError("closed twice", "engine_error")
+        model.handle = None
+
+    def load_tokenizer(self, path: Path, trust_remote_code: bool = False) -> Tokenizer:
+        """The byte tokenizer, whatever the path."""
+        return _Tokenizer()
 
 
-def load(request: LoadRequest) -> LoadedModel:
+def _load(request: LoadRequest) -> LoadedModel:
     """Read options; nothing is loaded."""
     options = dict(request.options)
     if options.get("misbehave") == "oom-load":
@@ -84,32 +109,38 @@ def load(request: LoadRequest) -> LoadedModel:
         dtype="float32",
         batch_windows=options.get("batch_windows", 1),
         notes=["not a model"],
+        columns=("logprob", "top1_bound") if options.get("misbehave") == "no-top1" else None,
     )
 
 
-def forward(model: LoadedModel, ids_BT: Ids, start: int) -> TokenScores:
-    """Log-probabilities as the mode says."""
+def _score(model: LoadedModel, batch: Batch) -> Scores:
     options: dict[str, Any] = model.handle
-    time.sleep(options.get("seconds_per_window", 0) * len(ids_BT))
+    n_windows = len(batch.ids_BT)
+    time.sleep(options.get("seconds_per_window", 0) * n_windows)
     mode = options.get("mode", "hashed")
-    targets = ids_BT[:, start + 1 :]
     if mode == "uniform":
-        logprob = np.full(targets.shape, -np.log(model.vocab_size), np.float32)
+        logprob = np.full(batch.shape, -np.log(model.vocab_size), np.float32)
     elif mode == "oracle":
-        logprob = np.zeros(targets.shape, np.float32)
+        logprob = np.zeros(batch.shape, np.float32)
     else:
-        logprob = _hashed(ids_BT, start, options.get("seed", 0))
+        logprob = _hashed(batch.ids_BT, batch.first_target, options.get("seed", 0))
     if options["scored"] >= options.get("misbehave_after", 0):
         logprob = _misbehave(options.get("misbehave"), logprob)
-    options["scored"] += len(ids_BT)
-    return TokenScores(logprob, logprob > -1.0)
+    options["scored"] += n_windows
+    everything: Scores = {
+        "logprob": logprob,
+        "top1": logprob > -1.0,
+        "top1_bound": logprob > np.log(0.5),
+        "entropy": -logprob,
+    }
+    return {name: everything[name] for name in batch.columns}
 
 
-def _hashed(ids_BT: Ids, start: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _hashed(ids_BT: Ids, first_target: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     mixed = np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15) + np.cumsum(ids_BT, axis=1).astype(np.uint64)
     mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
     unit = (mixed >> np.uint64(40)).astype(np.float64) / 2**24
-    return (-6.0 * unit[:, start + 1 :]).astype(np.float32)
+    return (-6.0 * unit[:, first_target:]).astype(np.float32)
 
 
 def _misbehave(how: str | None, logprob: np.ndarray[Any, np.dtype[np.float32]]) -> Any:
@@ -127,10 +158,3 @@ def _misbehave(how: str | None, logprob: np.ndarray[Any, np.dtype[np.float32]]) 
     if how == "wrong-shape":
         return logprob[:, 1:]
     return logprob
-
-
-def close(model: LoadedModel) -> None:
-    """Nothing to free."""
-    if model.handle is None:
-        raise ModelError("closed twice", "engine_error")
-    model.handle = None

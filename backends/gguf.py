@@ -9,7 +9,7 @@ Parameters: https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
 import ctypes
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,27 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from evalq.backend import Ids, LoadedModel, LoadRequest, TokenScores
+from evalq.backend import Backend, Batch, Ids, LoadedModel, LoadRequest, Scores, Tokenizer
 from evalq.backends import _llama
-from evalq.backends._llama_batch import Batch, score_rows
+from evalq.backends._llama_batch import COLUMNS, LlamaBatch, score_rows
 from evalq.backends._llama_plan import OPTIONS, Plan, context_params, make_plan, model_params
 from evalq.errors import ModelError
-
-DISTRIBUTIONS = ("llama-cpp-python",)
-LORA_FEATURES: frozenset[str] = frozenset()
-INSTALL = 'pip install "evalq[gguf]"  # compiles llama.cpp; GPU: CMAKE_ARGS="-DGGML_CUDA=on" first'
-
-__all__ = [
-    "DISTRIBUTIONS",
-    "INSTALL",
-    "LORA_FEATURES",
-    "OPTIONS",
-    "GgufTokenizer",
-    "close",
-    "forward",
-    "load",
-    "load_tokenizer",
-]
 
 _NOTABLE_WARNING = r"missing pre-tokenizer|not supported, set to disabled|bad special token"
 
@@ -51,11 +35,50 @@ class _Handle:
     model: Any
     context: Any
     plan: Plan
-    batch: Batch
+    batch: LlamaBatch
     pool: ThreadPoolExecutor | None
 
 
-def load(request: LoadRequest) -> LoadedModel:
+class GgufBackend(Backend):
+    """llama.cpp."""
+
+    distributions = ("llama-cpp-python",)
+    install = 'pip install "evalq[gguf]"  # compiles llama.cpp; GPU: CMAKE_ARGS="-DGGML_CUDA=on" first'
+    options = OPTIONS
+    columns = COLUMNS
+    lora_features = frozenset()
+    has_tokenizer = True
+
+    def load(self, request: LoadRequest) -> LoadedModel:
+        """Load a GGUF file and size a context for the request's windows. Raises ModelError."""
+        return _load(request)
+
+    def score(self, model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
+        """Batch by batch; of a batch, at most `batch_windows` windows at a time.
+
+        Raises:
+            ModelError: oom_forward, or engine_error in llama.cpp's own words.
+        """
+        for batch in batches:
+            yield _score(model.handle, batch)
+
+    def close(self, model: LoadedModel) -> None:
+        """Free the context and the weights; a second call does nothing."""
+        handle: _Handle = model.handle
+        if handle.context:
+            llama_cpp = _llama.engine()
+            if handle.pool:
+                handle.pool.shutdown()
+            llama_cpp.llama_free(handle.context)
+            llama_cpp.llama_model_free(handle.model)
+            handle.context = handle.model = None
+
+    def load_tokenizer(self, path: Path, trust_remote_code: bool = False) -> Tokenizer:
+        """The tokenizer of a GGUF file or of a directory that holds one, without its weights."""
+        return load_tokenizer(path)
+
+
+def _load(request: LoadRequest) -> LoadedModel:
     """Load a GGUF file and size a context for the request's windows.
 
     Raises:
@@ -79,93 +102,56 @@ def load(request: LoadRequest) -> LoadedModel:
         llama_cpp.llama_model_free(model)  # and with it the adapter
         raise
     pool = ThreadPoolExecutor(plan.threads) if plan.threads > 1 else None
-    return _describe(_Handle(path, model, context, plan, Batch(plan.n_batch), pool))
+    return _describe(_Handle(path, model, context, plan, LlamaBatch(plan.n_batch), pool))
 
 
-def forward(model: LoadedModel, ids_BT: Ids, start: int) -> TokenScores:
-    """Score ids_BT[:, start+1:]; any number of rows, `batch_windows` of them at a time.
-
-    Raises:
-        ModelError: oom_forward, or engine_error in llama.cpp's own words.
-    """
-    handle: _Handle = model.handle
-    n_rows, n_tokens = ids_BT.shape
-    n_targets = max(0, n_tokens - 1 - start)
-    scores = TokenScores(np.empty((n_rows, n_targets), np.float32), np.empty((n_rows, n_targets), np.bool_))
+def _score(handle: _Handle, batch: Batch) -> Scores:
+    columns = {column.name: column.dtype for column in COLUMNS}
+    scores: Scores = {name: np.empty(batch.shape, columns[name]) for name in batch.columns}
+    n_windows, n_targets = batch.shape
     if n_targets:
-        for row in range(0, n_rows, handle.plan.batch_windows):
+        for row in range(0, n_windows, handle.plan.batch_windows):
             rows = slice(row, row + handle.plan.batch_windows)
-            _score_windows(handle, ids_BT[rows], start, TokenScores(scores.logprob[rows], scores.top1[rows]))
+            out = {name: column[rows] for name, column in scores.items()}
+            _score_windows(handle, batch.ids_BT[rows], batch.first_target - 1, out)
     return scores
 
 
-def close(model: LoadedModel) -> None:
-    """Free the context and the weights; a second call does nothing."""
-    handle: _Handle = model.handle
-    if handle.context:
+class GgufTokenizer(Tokenizer):
+    """The tokenizer inside a GGUF file: a llama_model without weights, freed when nothing refers to it."""
+
+    def __init__(self, model: Any) -> None:
+        """Take over a model that was opened for its vocabulary only."""
         llama_cpp = _llama.engine()
-        if handle.pool:
-            handle.pool.shutdown()
-        llama_cpp.llama_free(handle.context)
-        llama_cpp.llama_model_free(handle.model)
-        handle.context = handle.model = None
+        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        weakref.finalize(self, llama_cpp.llama_model_free, model)
+        bos, eos = llama_cpp.llama_vocab_bos(self._vocab), llama_cpp.llama_vocab_eos(self._vocab)
+        self.bos_id = bos if bos >= 0 else None
+        self.eos_id = eos if eos >= 0 else None
+        self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
+
+    def encode(self, text: str, add_special: bool = False) -> list[int]:
+        """Ids of a text; add_special puts BOS and EOS as the vocabulary asks for."""
+        ids: list[int] = _llama.tokenize(self._vocab, text, add_special)
+        return ids
 
 
-@dataclass(frozen=True)
-class GgufTokenizer:
-    """The tokenizer inside a GGUF file.
-
-    Args:
-        encode: (text, add_special) -> ids; add_special puts BOS and EOS as the vocabulary asks for.
-        bos_id: beginning-of-text id, None when the vocabulary has none.
-        eos_id: end-of-text id, None when the vocabulary has none.
-        adds_bos: whether the vocabulary asks for BOS before a text.
-        vocab_size: number of ids.
-    """
-
-    encode: Callable[..., list[int]]
-    bos_id: int | None
-    eos_id: int | None
-    adds_bos: bool
-    vocab_size: int
-
-
-def load_tokenizer(path: Path, trust_remote_code: bool = False) -> GgufTokenizer:
+def load_tokenizer(path: Path) -> GgufTokenizer:
     """The tokenizer of a GGUF file or of a directory that holds one, without its weights.
 
     Raises:
-        ModelError: as load(); unsupported_format when the file holds no tokenizer.
+        ModelError: as loading; unsupported_format when the file holds no tokenizer.
     """
     llama_cpp = _llama.engine()
     file = _llama.first_part(path)
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
-    vocabulary = _Vocabulary(_llama.open_model(file, params))
-    vocab = vocabulary.vocab
-    if not _llama.has_vocabulary(vocab):
+    model = _llama.open_model(file, params)
+    if not _llama.has_vocabulary(llama_cpp.llama_model_get_vocab(model)):
+        llama_cpp.llama_model_free(model)
         raise ModelError(f"{file.name} holds no tokenizer", "unsupported_format", "set tokenizer_dir")
-    bos, eos = llama_cpp.llama_vocab_bos(vocab), llama_cpp.llama_vocab_eos(vocab)
-    return GgufTokenizer(
-        encode=vocabulary.encode,
-        bos_id=bos if bos >= 0 else None,
-        eos_id=eos if eos >= 0 else None,
-        adds_bos=bool(llama_cpp.llama_vocab_get_add_bos(vocab)),
-        vocab_size=llama_cpp.llama_vocab_n_tokens(vocab),
-    )
-
-
-class _Vocabulary:
-    """A llama_model without weights, freed when nothing refers to it (or its bound `encode`) any more."""
-
-    def __init__(self, model: Any) -> None:
-        llama_cpp = _llama.engine()
-        self.vocab = llama_cpp.llama_model_get_vocab(model)
-        weakref.finalize(self, llama_cpp.llama_model_free, model)
-
-    def encode(self, text: str, add_special: bool = False) -> list[int]:
-        """Ids of a text."""
-        ids: list[int] = _llama.tokenize(self.vocab, text, add_special)
-        return ids
+    return GgufTokenizer(model)
 
 
 def _check_model(model: Any, path: Path, plan: Plan) -> None:
@@ -224,8 +210,8 @@ def _device(plan: Plan) -> str:
     return ", ".join(names) or "cpu"
 
 
-def _score_windows(handle: _Handle, ids_BT: Ids, start: int, out: TokenScores) -> None:
-    """Score up to batch_windows rows into `out`, [B, T-1-start]."""
+def _score_windows(handle: _Handle, ids_BT: Ids, start: int, out: Scores) -> None:
+    """Score up to batch_windows rows into `out`, [B, R]; `start` is the first position with logits."""
     llama_cpp = _llama.engine()
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(handle.context), True)
     n_rows, n_tokens = ids_BT.shape
@@ -241,9 +227,9 @@ def _score_windows(handle: _Handle, ids_BT: Ids, start: int, out: TokenScores) -
         shape_NV = (n_rows * (end - scored), n_vocab)
         logits_NV = np.ctypeslib.as_array(llama_cpp.llama_get_logits(handle.context), shape_NV)
         targets_N = ids_BT[:, scored + 1 : end + 1].ravel()
-        rows = score_rows(logits_NV, targets_N, handle.pool, handle.plan.threads)
-        out.logprob[:, scored - start : end - start] = rows.logprob.reshape(n_rows, -1)
-        out.top1[:, scored - start : end - start] = rows.top1.reshape(n_rows, -1)
+        found = score_rows(logits_NV, targets_N, tuple(out), handle.pool, handle.plan.threads)
+        for name, column in found.items():
+            out[name][:, scored - start : end - start] = column.reshape(n_rows, -1)
 
 
 def _piece_bounds(n_positions: int, plan: Plan) -> list[int]:

@@ -10,24 +10,31 @@ exactly the format's; where it quantizes activations too, compressed-tensors sim
 Source: https://huggingface.co/docs/transformers
 """
 
-import math
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evalq.backend import Ids, LoadedModel, LoadRequest, Option, TokenScores
-from evalq.backends._hf_predict import GPU_BATCH_TOKENS, HEAD_CHUNK_MIB
-from evalq.backends._hf_predict import predict as predict
+from evalq.backend import (
+    Backend,
+    Batch,
+    LoadedModel,
+    LoadRequest,
+    Machine,
+    Option,
+    Prediction,
+    Scores,
+    Tokenizer,
+)
+from evalq.backends._hf_predict import GPU_BATCH_TOKENS, HEAD_CHUNK_MIB, predict
+from evalq.backends._tokenize import tokenize_fn
+from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, score_rows, to_arrays
 from evalq.checkpoint.adapter import FEATURES, Adapter
 from evalq.errors import ModelError
 
-DISTRIBUTIONS = ("transformers", "torch", "compressed-tensors")
-INSTALL = 'pip install "evalq[hf]"'
-# PEFT applies what it trained. aLoRA and routed variants depend on the prompt, which a window is not.
-LORA_FEATURES = frozenset(FEATURES) - {"alora", "variant"}
 OPTIONS = {
     "dtype": Option(
         (str,),
@@ -45,9 +52,11 @@ OPTIONS = {
     "quantize_activations": Option(
         (bool,), "where the format asks for it (default true); false runs its weights alone", numeric=True
     ),
-    "batch_windows": Option((int,), "windows per forward (default: 1 on a CPU, up to 8192 tokens on a GPU)"),
-    "head_chunk_mib": Option((int,), "most MiB of logits at once (default 96)"),
-    "threads": Option((int,), "CPU threads (default: torch's, one per core)"),
+    "batch_windows": Option(
+        (int,), "windows per forward (default: 1 on a CPU, up to 8192 tokens on a GPU)", minimum=1
+    ),
+    "head_chunk_mib": Option((int,), "most MiB of logits at once (default 96)", minimum=1),
+    "threads": Option((int,), "CPU threads (default: torch's, one per core)", minimum=1),
 }
 MIB = 2**20
 
@@ -69,8 +78,44 @@ class _Handle:
     chunk_rows: int
 
 
-def load(request: LoadRequest) -> LoadedModel:
-    """Load a checkpoint directory. Raises ModelError; transformers' own errors are sorted by the caller."""
+class HfBackend(Backend):
+    """transformers."""
+
+    distributions = ("transformers", "torch", "compressed-tensors")
+    install = 'pip install "evalq[hf]"'
+    options = OPTIONS
+    columns = COLUMNS
+    # PEFT applies what it trained. aLoRA and routed variants depend on the prompt, which a window is not.
+    lora_features = frozenset(FEATURES) - {"alora", "variant"}
+    has_tokenizer = True
+
+    def load(self, request: LoadRequest) -> LoadedModel:
+        """Load a checkpoint directory. Raises ModelError; the caller sorts transformers' own errors."""
+        return _load(request)
+
+    def score(self, model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
+        """Batch by batch."""
+        for batch in batches:
+            yield _score(model.handle, batch)
+
+    def close(self, model: LoadedModel) -> None:
+        """Free the model and, on a GPU, torch's cache."""
+        import torch
+
+        model.handle = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def load_tokenizer(self, path: Path, trust_remote_code: bool = False) -> Tokenizer:
+        """The tokenizer of a checkpoint directory. Raises ModelError when there is none."""
+        return load_tokenizer(path, trust_remote_code)
+
+    def predict(self, request: LoadRequest, machine: Machine) -> Prediction | None:
+        """Weights, hidden states and logits, against what is free."""
+        return predict(request, machine)
+
+
+def _load(request: LoadRequest) -> LoadedModel:
     request.require_directory()
     # compressed-tensors compiles helpers at import; a compiler run costs more than it saves for one model.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -99,41 +144,45 @@ def load(request: LoadRequest) -> LoadedModel:
         device=str(first) if on_cpu else f"{first} {_gpu_name(first)}",
         dtype=str(model.dtype).removeprefix("torch."),
         batch_windows=options.get("batch_windows", 1 if on_cpu else max(1, GPU_BATCH_TOKENS // inputs)),
-        tokenize=_tokenize_fn(request),
-        peak_memory_bytes=_peak_memory_fn(first),
+        tokenize=tokenize_fn(request, load_tokenizer),
+        peak_memory_bytes=peak_memory_fn(first),
         versions={"threads": str(torch.get_num_threads())} if on_cpu else {"cuda": str(torch.version.cuda)},
         notes=notes,
+        warm_up=not on_cpu,
     )
 
 
-def forward(model: LoadedModel, ids_BT: Ids, start: int) -> TokenScores:
-    """Score ids_BT[:, start+1:]. The last token predicts nothing that is asked for, so it is not run."""
+def _score(handle: "_Handle", batch: Batch) -> Scores:
+    """Score a batch. The last token of a window predicts nothing that is asked for, so it is not run."""
     import torch
 
-    handle: _Handle = model.handle
+    first = batch.first_target - 1
     with torch.inference_mode():
-        inputs = torch.from_numpy(np.ascontiguousarray(ids_BT[:, :-1])).to(handle.model.device)
-        targets = torch.from_numpy(np.ascontiguousarray(ids_BT[:, start + 1 :]))
+        inputs = torch.from_numpy(np.ascontiguousarray(batch.ids_BT[:, :-1])).to(handle.model.device)
+        targets = torch.from_numpy(np.ascontiguousarray(batch.targets_BR)).flatten()
         if handle.body is None:
-            kept = inputs.shape[1] - start
+            kept = inputs.shape[1] - first
             rows = handle.model(inputs, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
         else:
-            rows = handle.body(inputs, use_cache=False).last_hidden_state[:, start:]
-        logprob, top1 = _score_rows(handle, rows.flatten(0, 1), targets.flatten().to(rows.device))
-    shape = tuple(targets.shape)
-    return TokenScores(logprob.cpu().numpy().reshape(shape), top1.cpu().numpy().reshape(shape))
+            rows = handle.body(inputs, use_cache=False).last_hidden_state[:, first:]
+        rows_RH = rows.flatten(0, 1)
+        found = score_rows(
+            lambda part: _logits(handle, rows_RH[part]),
+            targets.to(rows.device),
+            handle.chunk_rows,
+            batch.columns,
+        )
+        return to_arrays(found, batch.shape)
 
 
-def close(model: LoadedModel) -> None:
-    """Free the model and, on a GPU, torch's cache."""
-    import torch
-
-    model.handle = None
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _logits(handle: "_Handle", rows_RH: Any) -> Any:
+    """Float32 logits of hidden states, or the rows themselves where they are logits already."""
+    if handle.body is None:
+        return rows_RH.float()
+    return _finish(handle.model, handle.head(rows_RH)).float()
 
 
-def load_tokenizer(path: Path, trust_remote_code: bool = False) -> "_Tokenizer":
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of a checkpoint directory. Raises ModelError when there is none."""
     from transformers import AutoTokenizer
 
@@ -147,7 +196,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> "_Tokenizer":
         ) from None
 
 
-class _Tokenizer:
+class _Tokenizer(Tokenizer):
     """A transformers tokenizer as the framework sees it."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -286,46 +335,6 @@ def _finish(model: Any, logits: Any) -> Any:
         logits = logits / config.logits_scaling
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else (logits / cap).tanh() * cap
-
-
-def _score_rows(handle: _Handle, rows_RH: Any, targets_R: Any) -> tuple[Any, Any]:
-    """Log-probability (float32) and top-1 of each row's target; rows are hidden states, or logits."""
-    import torch
-
-    logprob = torch.empty(len(targets_R), dtype=torch.float32, device=rows_RH.device)
-    top1 = torch.empty(len(targets_R), dtype=torch.bool, device=rows_RH.device)
-    # Chunks of one size: a short last chunk would run slower and round differently.
-    n_chunks = math.ceil(len(targets_R) / handle.chunk_rows)
-    for chunk in np.array_split(np.arange(len(targets_R)), n_chunks):
-        part = slice(int(chunk[0]), int(chunk[-1]) + 1)
-        logits = rows_RH[part]
-        if handle.body is not None:
-            logits = _finish(handle.model, handle.head(logits))
-        logits = logits.float()
-        best = logits.max(dim=-1)
-        target = logits.gather(-1, targets_R[part, None])[:, 0]
-        # In place: the chunk is the only [rows, V] tensor there is.
-        log_sum = logits.sub_(best.values[:, None]).exp_().sum(dim=-1).log_()
-        logprob[part] = target - best.values - log_sum
-        top1[part] = best.indices == targets_R[part]
-    return logprob, top1
-
-
-def _tokenize_fn(request: LoadRequest) -> Any:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((request.path / name).is_file() for name in names):
-        return None
-    tokenizer = load_tokenizer(request.path, request.trust_remote_code)
-    return lambda text: tokenizer.encode(text, False)
-
-
-def _peak_memory_fn(device: Any) -> Any:
-    import torch
-
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    return lambda: sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
 
 
 def _gpu_name(device: Any) -> str:

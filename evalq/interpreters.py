@@ -6,7 +6,6 @@ packages count) and without the current folder (`-P`). What it prints beside the
 """
 
 import contextlib
-import importlib
 import importlib.metadata
 import json
 import os
@@ -26,7 +25,7 @@ from typing import IO, Any
 
 from evalq.errors import ModelError
 from evalq.registry import backend
-from evalq.version import __version__
+from evalq.version import JOB_VERSION, __version__
 
 TIMEOUT_SECONDS = 60.0
 _MOST_OUTPUT_BYTES = 2**20
@@ -45,7 +44,7 @@ answer = {"python": sys.version.split()[0], "packages": packages, "evalq": None,
 try:
     from evalq.version import __version__
     answer["evalq"] = __version__
-    from evalq.run.job import JOB_VERSION
+    from evalq.version import JOB_VERSION
     answer["job_version"] = JOB_VERSION
 except Exception:
     pass
@@ -88,7 +87,7 @@ def versions(name: str, python: str | None = None) -> dict[str, str]:
     Raises:
         ModelError: category engine_missing, when that interpreter cannot be run or holds no evalq.
     """
-    engine, *others = (dist.split("|") for dist in backend(name).DISTRIBUTIONS)
+    engine, *others = (dist.split("|") for dist in backend(name).distributions)
     interpreter = ask(python)
     wanted = [*engine, *(dist for other in others for dist in other)]
     found = {dist: v for dist in wanted if (v := interpreter.version(dist)) is not None}
@@ -115,11 +114,7 @@ def ask(python: str | None) -> Interpreter:
 @cache
 def _here() -> Interpreter:
     packages = _first_of_each((d.metadata["Name"], d.version) for d in importlib.metadata.distributions())
-    try:
-        job_version = getattr(importlib.import_module("evalq.run.job"), "JOB_VERSION", None)
-    except ImportError:
-        job_version = None
-    return Interpreter(sys.executable, sys.version.split()[0], __version__, job_version, packages)
+    return Interpreter(sys.executable, sys.version.split()[0], __version__, JOB_VERSION, packages)
 
 
 @cache

@@ -3,17 +3,18 @@
 Backends come through the entry-point group `evalq.backends`, the built-in ones too: a package that declares
 
     [project.entry-points."evalq.backends"]
-    myengine = "my_package.my_module"
+    myengine = "my_package.my_module:MyEngine"
 
-makes `"load_fn": "myengine"` valid. What a backend is: `evalq.backend`.
+makes `"load_fn": "myengine"` valid. MyEngine is a subclass of `evalq.backend.Backend`.
 """
 
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from evalq.backend import Backend, Option
 from evalq.errors import ModelError, SpecError
@@ -71,19 +72,27 @@ def canonical(name: str, where: str) -> Alias:
 
 @cache
 def backend(name: str) -> Backend:
-    """Import a backend's module by its canonical name; its engine is imported later, in the worker.
+    """A backend by its canonical name; its engine is imported later, in the worker.
 
     Raises:
-        ModelError: category engine_missing, when the package that provides it is broken or gone.
+        ModelError: category engine_missing, when the package that provides it is broken, gone, or written
+            for another version of evalq.
     """
     for point in importlib.metadata.entry_points(group=GROUP, name=name):
         try:
-            return cast(Backend, point.load())
-        except ImportError as error:
+            found = point.load()
+        except (ImportError, AttributeError) as error:
             message = f'the backend "{name}" ({point.value}) cannot be imported: {error}'
             raise ModelError(
                 message, "engine_missing", "install the package that provides it again"
             ) from None
+        if not (isinstance(found, type) and issubclass(found, Backend)):
+            raise ModelError(
+                f'the backend "{name}" ({point.value}) is no subclass of evalq.backend.Backend',
+                "engine_missing",
+                "install a version of its package made for this version of evalq",
+            )
+        return found()
     raise ModelError(f'the backend "{name}" is not installed', "engine_missing")
 
 
@@ -100,7 +109,7 @@ def tokenizer_backend(name: str, path: Path) -> str:
     if name == "auto":
         return "gguf" if path.is_file() else "hf"
     found = canonical(name, "data spec tokenize_fn").backend
-    if not hasattr(backend(found), "load_tokenizer"):
+    if not backend(found).has_tokenizer:
         raise SpecError(
             f'data spec tokenize_fn: "{name}" has no tokenizers', 'take "auto", "transformers" or "gguf"'
         )
@@ -111,38 +120,58 @@ def tokenizer_backend(name: str, path: Path) -> str:
 class Engine:
     """The backends one model spec names, with its validated options.
 
-    `lora_features` is None for a backend that applies no adapters.
+    Args:
+        load: canonical name of the backend that loads the model.
+        forward: of the one that scores it.
+        options: those of the spec over those its alias implies.
+        numeric_options: the ones that change numbers by design.
     """
 
     load: str
     forward: str
     options: dict[str, Any]
     numeric_options: dict[str, Any]
-    install: str
-    lora_features: frozenset[str] | None = None
+
+    @property
+    def loader(self) -> Backend:
+        """The backend that loads the model. Raises ModelError (engine_missing)."""
+        return backend(self.load)
+
+    @property
+    def scorer(self) -> Backend:
+        """The backend that scores it. Raises ModelError (engine_missing)."""
+        return backend(self.forward)
 
 
 def resolve_engine(spec: ModelSpec) -> Engine:
     """Look up a model spec's backends and check its options. Raises SpecError."""
     alias = canonical(spec.load_fn, f"{spec.where}.load_fn")
     forward = canonical(spec.fwd_fn or spec.load_fn, f"{spec.where}.fwd_fn").backend
-    module = backend(alias.backend)
+    if forward != alias.backend and alias.backend not in backend(forward).scores_for:
+        raise SpecError(
+            f'{spec.where}.fwd_fn: "{spec.fwd_fn}" cannot score what "{spec.load_fn}" loads',
+            f'leave fwd_fn out, or write "fwd_fn": "{spec.load_fn}"',
+        )
+    known = backend(alias.backend).options
     options = alias.options | spec.options
     for name, value in options.items():
-        _check_option(name, value, module.OPTIONS, f"{spec.where}.options.{name}")
-    numeric = {name: value for name, value in sorted(options.items()) if module.OPTIONS[name].numeric}
-    features = getattr(module, "LORA_FEATURES", None)
-    return Engine(alias.backend, forward, options, numeric, module.INSTALL, features)
+        _check_option(name, value, known, f"{spec.where}.options.{name}")
+    numeric = {name: value for name, value in sorted(options.items()) if known[name].numeric}
+    return Engine(alias.backend, forward, options, numeric)
 
 
-def _check_option(name: str, value: Any, known: dict[str, Option], where: str) -> None:
+def _check_option(name: str, value: Any, known: Mapping[str, Option], where: str) -> None:
     if name not in known:
         raise SpecError(f"{where}: unknown option", nearest(name, list(known)))
     option = known[name]
     is_bool = isinstance(value, bool)
     right_kind = bool in option.kind if is_bool else isinstance(value, option.kind)
+    shown = json.dumps(value, default=str)[:80]
     if not right_kind:
         kinds = " or ".join(kind.__name__ for kind in option.kind)
-        raise SpecError(f"{where}: should be {kinds}, not {json.dumps(value, default=str)[:80]}")
+        raise SpecError(f"{where}: should be {kinds}, not {shown}")
     if option.choices is not None and value not in option.choices:
-        raise SpecError(f"{where}: {json.dumps(value)} is not one of {json.dumps(option.choices)}")
+        raise SpecError(f"{where}: {shown} is not one of {json.dumps(option.choices)}")
+    numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int | float)]
+    if option.minimum is not None and any(not n >= option.minimum for n in numbers):
+        raise SpecError(f"{where}: should be {option.minimum:g} or more, not {shown}")

@@ -46,10 +46,12 @@ class Fingerprint:
     Args:
         digest: hexadecimal SHA-256.
         files: (name, bytes) of every file, sorted by name.
+        contents: digest of each file's content, in the same order.
     """
 
     digest: str
     files: tuple[tuple[str, int], ...]
+    contents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def fingerprint(files: Sequence[Path], cache: Path | None) -> Fingerprint:
     if cache is not None and fresh:
         _write_cache(cache, fresh)
     whole = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-    return Fingerprint(whole, tuple((name, size) for name, size, _ in entries))
+    return Fingerprint(
+        whole, tuple((name, size) for name, size, _ in entries), tuple(content for _, _, content in entries)
+    )
 
 
 def _content_digest(file: Path, remembered: list[Any] | None) -> tuple[_State, str]:

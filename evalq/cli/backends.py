@@ -58,7 +58,7 @@ def _state(name: str) -> tuple[str, str]:
     from evalq.spec.config import engine_python
 
     try:
-        found, install = versions(name, engine_python(name)), backend(name).INSTALL
+        found, install = versions(name, engine_python(name)), backend(name).install
     except EvalqError as error:
         return str(error), "red"
     if not found:
@@ -73,7 +73,7 @@ def _print_options(name: str, console: "Console") -> None:
 
     options = [
         (key, " | ".join(kind.__name__ for kind in option.kind), option.help)
-        for key, option in backend(name).OPTIONS.items()
+        for key, option in backend(name).options.items()
     ]
     console.print()
     say(console, (f"options of {name}" if options else f"{name} has no options", "dim"))

@@ -49,7 +49,6 @@ class Unfinished:
 
 def run(arguments: argparse.Namespace) -> int:
     """One table per group of comparable results, then unfinished, failed and damaged ones. Exit code 0."""
-    import json
     import sys
 
     from evalq.results.store import Store, default_root
@@ -61,15 +60,15 @@ def run(arguments: argparse.Namespace) -> int:
     if not root.is_dir():
         say(console, "[]" if arguments.json else f"{root} holds no results yet")
         return 0
-    store = Store(root)
+    store = Store(root, read_only=True)
     groups: dict[str, list[ResultRecord]] = {}
     others = []
     for result in store.results():
-        found = _stored(result.path)
+        found = _stored(result)
         if isinstance(found, Unfinished):
             others.append(found)
         else:
-            groups.setdefault(json.dumps(found.comparison, sort_keys=True), []).append(found)
+            groups.setdefault(_measured(found), []).append(found)
     compared = [_compared(group, store) for group in groups.values()]
     if arguments.json:
         sys.stdout.write(table.as_json([record for group in compared for record in group]))
@@ -84,59 +83,49 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _stored(folder: Path) -> "ResultRecord | Unfinished":
+def _stored(result: "ResultDir") -> "ResultRecord | Unfinished":
     """What lies in the folder of a result. Files that cannot be read are said, never raised."""
-    from pydantic import ValidationError
+    from evalq.results.record import read_record
 
-    from evalq.results.record import ResultRecord
-
-    record = _json(folder / "record.json")
-    try:
-        return ResultRecord.model_validate(record)
-    except (ValidationError, RecursionError):
-        identity, failure = _json(folder / "identity.json"), _json(folder / "failure.json")
+    record = read_record(result.path)
+    if record is not None:
+        return record
+    identity, failure = _json(result.path / "identity.json"), _json(result.path / "failure.json")
     label = str(identity.get("label", "?"))
-    if record or (folder / "scores.safetensors").exists():
+    progress = f"{result.windows_done()}/{identity.get('windows', '?')} windows"
+    if (result.path / "record.json").exists() or (result.path / "scores.safetensors").exists():
         state = "scored, but its record cannot be read: run the comparison again, which makes it anew"
     elif failure:
-        state = f"{_progress(folder, identity)}, {failure.get('category')}: {failure.get('message')}"
+        state = f"{progress}, {failure.get('category')}: {failure.get('message')}"
     else:
-        state = _progress(folder, identity)
-    return Unfinished(label, state, folder.name)
+        state = progress
+    return Unfinished(label, state, result.path.name)
+
+
+def _measured(record: "ResultRecord") -> str:
+    """What records of one table share. evalq 0.1 did not keep the digest of the windows."""
+    import json
+
+    shared = {name: value for name, value in record.comparison.items() if name != "plan_sha256"}
+    return json.dumps(shared, sort_keys=True)
 
 
 def _json(file: Path) -> dict[str, Any]:
     """A JSON object; {} where there is none."""
-    import json
+    from evalq.files import read_json
 
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
+    value = read_json(file)
     return value if isinstance(value, dict) else {}
-
-
-def _progress(folder: Path, identity: dict[str, Any]) -> str:
-    """How many windows are there."""
-    from safetensors import SafetensorError, safe_open
-
-    done: set[int] = set()
-    for file in sorted((folder / "parts").glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="numpy") as part:
-                done |= {int(window) for window in part.get_tensor("window").ravel()}
-        except (OSError, SafetensorError, ValueError, TypeError):
-            continue
-    return f"{len(done)}/{identity.get('windows', '?')} windows"
 
 
 def _compared(group: "list[ResultRecord]", store: "Store") -> "list[ResultRecord]":
     """The group with each model beside the reference; as it is where the scores do not allow that."""
     from evalq.errors import EvalqError
-    from evalq.run.outcome import with_reference
+    from evalq.results.reference import choose_stored, with_reference
 
     try:
-        return with_reference(group, [], store)
+        reference = choose_stored(group)
+        return with_reference(group, reference, lambda record: store.result(str(record.key)).scores())
     except EvalqError:
         return group
 

@@ -19,6 +19,7 @@ from evalq.backend import Ids
 
 BosPolicy = Literal["default", "never", "every_window"]
 Head = Literal["keep", "prepend", "overwrite"]
+HEADS: tuple[Head, ...] = ("keep", "prepend", "overwrite")
 TextBuilder = Literal["joined", "joined-nonblank", "file", "documents"]
 
 
@@ -138,8 +139,15 @@ class Protocol:
         help: one line.
         source: where the tool's own code is.
         fixed_stride: S other than L would be another protocol.
+        gaps: whether S may be longer than L, which leaves tokens between windows out.
         warmup: whether the tool knows warmup_tokens.
         min_eval_len: the smallest L with a target.
+        special_tokens: whether the tokenizer adds its special tokens to the text as a whole.
+        own_prefix: windows say themselves which of them take a prefix (BOS, or EOS without one), and max_rows
+            counts documents; no other BOS policy or prefix fits it.
+        bos_first: BOS overwrites the first token of every window where the tokenizer adds one.
+        exact_rows: fewer windows than max_rows are an error.
+        scores_all: every token of the text is scored once, so totals per byte and word are exact.
     """
 
     build: Builder
@@ -151,8 +159,14 @@ class Protocol:
     help: str
     source: str
     fixed_stride: bool = False
+    gaps: bool = True
     warmup: bool = False
     min_eval_len: int = 2
+    special_tokens: bool = True
+    own_prefix: bool = False
+    bos_first: bool = False
+    exact_rows: bool = False
+    scores_all: bool = False
 
 
 def _sliding(settings: ProtocolSettings, facts: StreamFacts) -> Iterator[Window]:
@@ -242,6 +256,8 @@ PROTOCOLS: dict[str, Protocol] = {
         help="exllamav3's qbench: windows side by side, no BOS, blank rows left out",
         source=_EXLLAMAV3 + "qbench/data.py",
         warmup=True,
+        special_tokens=False,
+        exact_rows=True,
     ),
     "hf-strided": Protocol(
         build=_strided,
@@ -252,6 +268,7 @@ PROTOCOLS: dict[str, Protocol] = {
         unit="token",
         help="transformers' guide: sliding window, each token scored once with long context",
         source="https://huggingface.co/docs/transformers/perplexity",
+        gaps=False,
     ),
     "gptq": Protocol(
         build=partial(_disjoint, context_share=None),
@@ -275,6 +292,7 @@ PROTOCOLS: dict[str, Protocol] = {
         source="https://github.com/ggml-org/llama.cpp/blob/master/tools/perplexity/perplexity.cpp",
         fixed_stride=True,
         min_eval_len=3,
+        bos_first=True,
     ),
     "lm-eval": Protocol(
         build=_rolling,
@@ -286,5 +304,8 @@ PROTOCOLS: dict[str, Protocol] = {
         help="lm-evaluation-harness, task wikitext: whole pages, perplexity per word",
         source="https://github.com/EleutherAI/lm-evaluation-harness/blob/main/lm_eval/utils.py",
         fixed_stride=True,
+        special_tokens=False,
+        own_prefix=True,
+        scores_all=True,
     ),
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -45,24 +46,38 @@ def write_stream(path: Path, ids_N: Ids, described: dict[str, Any]) -> None:
     write_atomic(path, save({"ids": np.asarray(ids_N, np.int64)}, {"described": json.dumps(described)}))
 
 
+class _Described(BaseModel):
+    """What stands beside the ids in a stream's file."""
+
+    facts: StreamFacts
+    probe_text: str
+    probe_ids: tuple[int, ...]
+    prefix_ids: tuple[int, ...]
+
+
 def read_stream(path: Path) -> TokenStream | None:
-    """A kept token stream, None when it is missing or broken."""
+    """A kept token stream, None when it is missing, damaged or contradicts itself."""
     try:
         with safe_open(path, framework="numpy") as file:
             ids = file.get_tensor("ids")
-            described = json.loads(file.metadata()["described"])
-    except (OSError, SafetensorError, KeyError, ValueError):
+            described = _Described.model_validate_json(file.metadata()["described"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
-    facts = described["facts"]
-    facts["document_ends"] = tuple(facts["document_ends"])
+    facts = described.facts
+    if ids.dtype != np.int64 or ids.ndim != 1 or len(ids) != facts.n_tokens:
+        return None
     return TokenStream(
         ids,
-        hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
-        StreamFacts(**facts),
-        described["probe_text"],
-        tuple(described["probe_ids"]),
-        tuple(described["prefix_ids"]),
+        _sha256(ids),
+        facts,
+        described.probe_text,
+        described.probe_ids,
+        described.prefix_ids,
     )
+
+
+def _sha256(ids_N: Ids) -> str:
+    return hashlib.sha256(ids_N.astype("<i8").tobytes()).hexdigest()
 
 
 def cut(stream: TokenStream, max_tokens: int | None) -> TokenStream:
@@ -77,7 +92,7 @@ def cut(stream: TokenStream, max_tokens: int | None) -> TokenStream:
     }
     return TokenStream(
         ids,
-        hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+        _sha256(ids),
         StreamFacts(**facts),
         stream.probe_text,
         stream.probe_ids,

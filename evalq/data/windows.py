@@ -5,10 +5,16 @@ protocol means is in `evalq.data.protocols`, whose names are offered here too.
 """
 
 import difflib
+import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby, islice, pairwise
 
+import numpy as np
+from numpy.typing import NDArray
+
 from evalq.data.protocols import (
+    HEADS,
     PROTOCOLS,
     BosPolicy,
     Head,
@@ -63,6 +69,29 @@ class WindowPlan:
         """Tokens scored; one that is scored in several windows counts each time."""
         return sum(window.n_targets for window in self.windows)
 
+    @property
+    def most_targets(self) -> int:
+        """R of the window with the most targets."""
+        return max(window.n_targets for window in self.windows)
+
+    @cached_property
+    def table(self) -> NDArray[np.int64]:
+        """Every window as (start, end, score_from, index of its head in HEADS), int64 [W, 4]."""
+        rows = [(w.start, w.end, w.score_from, HEADS.index(w.head)) for w in self.windows]
+        return np.asarray(rows, np.int64).reshape(-1, 4)
+
+    @cached_property
+    def window_of(self) -> NDArray[np.int64]:
+        """The window of each scored token, int64 [n_targets]."""
+        return np.repeat(np.arange(len(self.windows)), [window.n_targets for window in self.windows])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the windows and the prefix: two plans with one digest score the same tokens."""
+        digest = hashlib.sha256(self.table.astype("<i8").tobytes())
+        digest.update(np.asarray(self.prefix, "<i8").tobytes())
+        return digest.hexdigest()
+
     def batches(self, batch_windows: int) -> list[list[int]]:
         """Indices of consecutive windows with equal T and equal first target, for one forward() each.
 
@@ -99,8 +128,7 @@ def stream_special_tokens(protocol: str, bos: BosPolicy) -> bool:
 
     qbench encodes without; lm-eval puts its own prefix before every document.
     """
-    protocol_named(protocol)
-    return bos != "never" and protocol not in ("qbench", "lm-eval")
+    return bos != "never" and protocol_named(protocol).special_tokens
 
 
 def plan_windows(settings: ProtocolSettings, facts: StreamFacts) -> WindowPlan:
@@ -128,12 +156,12 @@ def plan_windows(settings: ProtocolSettings, facts: StreamFacts) -> WindowPlan:
         raise DataError(f"{size}, {settings.name} with eval_len {settings.eval_len} needs {needed}", _SHORTER)
     head, prefix = _head(settings, facts)
     built = protocol.build(settings, facts)
-    if settings.name != "lm-eval":
+    if not protocol.own_prefix:
         built = (replace(window, head=head) for window in islice(built, settings.max_rows or None))
     windows = tuple(built)
     if not windows:
         raise DataError("no token to score: the documents are empty", "take another text or more max_rows")
-    if settings.name == "qbench" and len(windows) < (settings.max_rows or 0):
+    if protocol.exact_rows and len(windows) < (settings.max_rows or 0):
         raise DataError(
             f"text has {len(windows)} windows of {settings.eval_len} tokens, max_rows is {settings.max_rows}",
             f"set max_rows to {len(windows)} or less, or lower eval_len",
@@ -159,7 +187,7 @@ def _check_settings(settings: ProtocolSettings, protocol: Protocol) -> None:
         raise SpecError(
             f"{name} has no eval_stride other than eval_len ({length}), got {stride}", "remove it"
         )
-    if name == "hf-strided" and stride > length:
+    if not protocol.gaps and stride > length:
         raise SpecError(
             f"eval_stride {stride} is longer than eval_len {length}: tokens between them are left out",
             "set eval_stride to eval_len or less",
@@ -174,9 +202,9 @@ def _check_settings(settings: ProtocolSettings, protocol: Protocol) -> None:
     if warmup and not protocol.warmup:
         known = ", ".join(n for n, p in PROTOCOLS.items() if p.warmup)
         raise SpecError(f"{name} has no warmup_tokens", f"remove it; protocols that have it: {known}")
-    if name == "lm-eval" and (settings.bos != "default" or settings.prefix_ids):
+    if protocol.own_prefix and (settings.bos != "default" or settings.prefix_ids):
         what = "prefix_ids" if settings.prefix_ids else f'bos "{settings.bos}"'
-        raise SpecError(f"lm-eval puts its own prefix before every document, got {what}", "remove it")
+        raise SpecError(f"{name} puts its own prefix before every document, got {what}", "remove it")
 
 
 def _head(settings: ProtocolSettings, facts: StreamFacts) -> tuple[Head, tuple[int, ...]]:
@@ -184,14 +212,16 @@ def _head(settings: ProtocolSettings, facts: StreamFacts) -> tuple[Head, tuple[i
 
     lm-eval's windows already say which of them take the prefix, which is BOS, or EOS where there is none.
     """
-    if settings.name == "lm-eval":
+    protocol = protocol_named(settings.name)
+    if protocol.own_prefix:
         prefix_id = facts.eos_id if facts.bos_id is None else facts.bos_id
         if prefix_id is None:
             raise SpecError(
-                "the tokenizer has neither BOS nor EOS", "lm-eval needs one: take another protocol"
+                "the tokenizer has neither BOS nor EOS",
+                f"{settings.name} needs one: take another protocol",
             )
         return "keep", (prefix_id,)
-    as_llama_cpp = settings.name == "llama.cpp" and settings.bos == "default" and facts.adds_bos
+    as_llama_cpp = protocol.bos_first and settings.bos == "default" and facts.adds_bos
     if settings.bos != "every_window" and not as_llama_cpp:
         return ("prepend", settings.prefix_ids) if settings.prefix_ids else ("keep", ())
     if facts.bos_id is None:

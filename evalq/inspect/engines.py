@@ -165,7 +165,7 @@ def _verdict(engine: str, form: str, checkpoint: Checkpoint, facts: Facts, machi
     rule = known.formats.get(form)
     try:
         python = engine_python(engine)
-        found, install = versions(engine, python), backend(engine).INSTALL
+        found, install = versions(engine, python), backend(engine).install
     except EvalqError as error:
         return Verdict(engine, False, (str(error),), None, None)
     own = next((name for name in (known.distribution, f"{known.distribution}-cpu") if name in found), None)
@@ -185,7 +185,7 @@ def _verdict(engine: str, form: str, checkpoint: Checkpoint, facts: Facts, machi
     notes = [f"{shown}: slow"] if too_large and known.any_size else []
     if rule.unpacks and not too_large:
         notes.append(f"weights become 16-bit while loading, {size / GIB:,.1f} GiB")
-    adapters = known.adapters if hasattr(backend(engine), "LORA_FEATURES") else None
+    adapters = known.adapters if backend(engine).lora_features is not None else None
     return Verdict(engine, not against, tuple(against or notes), version, adapters)
 
 

@@ -1,22 +1,24 @@
-"""Perplexity, its error bar, and the difference between two models, from per-token log-probabilities.
+"""What is computed from per-token columns: one row a metric.
+
+A row names the columns it needs and a function from them to an estimate. Records, JSON, CSV, tables and
+charts read the rows, so a new metric is a function and a row.
 
 Convention: x_i = -ln P(token i | context) in nats, one x per scored token, and PPL = exp(mean x), accumulated
-in float64. Tokens of one window share context and topic, so errors are clustered by window (CR1: Cameron &
-Miller, "A Practitioner's Guide to Cluster-Robust Inference", J. Human Resources 50(2), 2015); treating tokens
-as independent, as llama-perplexity does, gives error bars that are several times too small.
+in float64. Tokens that are NaN or infinite are counted, reported and in no mean.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
-from evalq.errors import ModelError
-
-NONFINITE_SHARE_MAX = 0.01
-
-Float64s = NDArray[np.float64]
+from evalq.columns import LOGPROB, TOP1, TOP1_BOUND
+from evalq.results.statistics import Float64s, clustered_stderr, exp, require_finite
 
 
 @dataclass(frozen=True)
@@ -34,187 +36,206 @@ class TextScale:
     n_words: int | None = None
 
 
-@dataclass(frozen=True)
-class Summary:
-    """One model on one text.
+class Estimate(BaseModel):
+    """A number with its error.
 
     Args:
-        ppl: exp(nll_nats), per token.
-        ppl_stderr: window-clustered standard error of ppl; None with fewer than two windows.
-        stderr_is_lower_bound: windows overlap, so they are not independent of one another.
-        nll_nats: mean negative log-likelihood per finite token.
-        bits_per_byte: nats of the text / (its bytes * ln 2); None without a scale.
-        word_ppl: exp(nats of the text / its words); None without words.
-        byte_ppl: exp(nats of the text / its bytes), which is 2 ** bits_per_byte; None without a scale.
-        top1: share of finite tokens that were the model's first guess.
-        tokens_scored: tokens asked for, the non-finite ones included.
-        tokens_nonfinite: of these, NaN or infinite and in no mean; a result with any must say so.
-        windows: windows with at least one finite token.
+        value: in the metric's unit.
+        stderr: window-clustered standard error; None where it is not known, as with fewer than two windows.
+        stderr_is_lower_bound: the windows overlap, so they are not independent of one another.
     """
 
-    ppl: float
-    ppl_stderr: float | None
-    stderr_is_lower_bound: bool
-    nll_nats: float
-    bits_per_byte: float | None
-    word_ppl: float | None
-    byte_ppl: float | None
-    top1: float
-    tokens_scored: int
-    tokens_nonfinite: int
-    windows: int
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float
+    stderr: float | None = None
+    stderr_is_lower_bound: bool = False
 
 
 @dataclass(frozen=True)
-class PairedDifference:
-    """Model a minus model b on the tokens that both scored.
+class Measured:
+    """One model's columns on one text.
 
     Args:
-        nll_nats: mean of x_a - x_b, which is ln(PPL_a / PPL_b); positive when a is worse.
-        stderr_nats: its window-clustered standard error; None with fewer than two windows.
-        ratio: PPL_a / PPL_b.
-        tokens: tokens that are finite in both.
+        columns: name -> [n], n scored tokens.
+        window_of: index of the window of each, int64 [n].
+        overlapping: windows share tokens, so standard errors are lower bounds.
+        scale: bytes and words of the text.
     """
 
-    nll_nats: float
-    stderr_nats: float | None
-    ratio: float
-    tokens: int
+    columns: Mapping[str, NDArray[Any]]
+    window_of: NDArray[np.int64]
+    overlapping: bool
+    scale: TextScale
+
+    @cached_property
+    def finite(self) -> NDArray[np.bool_]:
+        """Tokens whose log-probability is a number, [n]."""
+        found: NDArray[np.bool_] = np.isfinite(self.columns[LOGPROB.name])
+        return found
+
+    @cached_property
+    def x_nats(self) -> Float64s:
+        """-ln P of the finite tokens. Raises ModelError (non_finite) when too few are."""
+        require_finite(self.n_tokens, self.n_nonfinite)
+        found: Float64s = -self.columns[LOGPROB.name][self.finite].astype(np.float64)
+        return found
+
+    @cached_property
+    def nll_nats(self) -> float:
+        """Mean of x_nats."""
+        return float(self.x_nats.mean())
+
+    @cached_property
+    def nll_stderr(self) -> float | None:
+        """Its window-clustered standard error."""
+        return clustered_stderr(self.x_nats, self.window_of[self.finite])
 
     @property
-    def significant(self) -> bool:
-        """Whether the difference is more than two standard errors from zero; False without an error."""
-        return self.stderr_nats is not None and abs(self.nll_nats) > 2 * self.stderr_nats
+    def n_tokens(self) -> int:
+        """Tokens asked for, the non-finite ones included."""
+        return int(self.window_of.size)
+
+    @property
+    def n_nonfinite(self) -> int:
+        """Of these, NaN or infinite."""
+        return self.n_tokens - int(self.finite.sum())
+
+    @property
+    def total_nats(self) -> float:
+        """Of a text scored as a whole: its few non-finite tokens, if any, count as average ones."""
+        return self.nll_nats * self.n_tokens
+
+    def estimate(self, value: float, per_nll: float) -> Estimate:
+        """A function of the mean NLL, its error by the delta method: |derivative| * SE(mean x)."""
+        error = None if self.nll_stderr is None else per_nll * self.nll_stderr
+        kept = error if error is not None and math.isfinite(error) else None
+        return Estimate(value=value, stderr=kept, stderr_is_lower_bound=self.overlapping)
 
 
-def summarize(
-    logprob: NDArray[np.float32],
-    top1: NDArray[np.bool_],
-    window_of: NDArray[np.integer],
-    overlapping: bool,
-    *,
-    scale: TextScale,
-) -> Summary:
-    """Perplexity with its error bar.
-
-    PPL = exp(mean x). Agrees with exllamav3's compare_q, transformers' guide, the GPTQ papers' loops and
-    llama-perplexity on their windows, and word_ppl, byte_ppl, bits_per_byte with lm-eval's `wikitext` task.
-    ppl_stderr = PPL * SE(mean x) by the delta method, SE from clustered_stderr().
-
-    With totals in the scale (every token of the text scored once), the nats of the text are sum(x); with
-    bytes_per_token, bits per byte is mean x / (bytes_per_token ln 2), for windows that cover a part of it.
+@dataclass(frozen=True)
+class Metric:
+    """One row.
 
     Args:
-        logprob: ln P of each scored token, nats, [n].
-        top1: whether it was the most probable one, [n].
-        window_of: index of its window, [n].
-        overlapping: the plan's flag; passed on as stderr_is_lower_bound.
-        scale: bytes and words of the text.
+        name: in records, JSON and CSV.
+        columns: names of the columns it needs.
+        compute: Measured -> its estimate; None where the text does not have it.
+        unit: of its value, "" for a ratio or share.
+        header: of its column in a table, "" keeps it out of tables.
+        digits: after the decimal point, in tables.
+        help: one line: formula and what it agrees with.
+        share: shown in percent.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    compute: Callable[[Measured], Estimate | None]
+    unit: str
+    header: str
+    digits: int
+    help: str
+    share: bool = False
+
+
+def _ppl(found: Measured) -> Estimate | None:
+    ppl = exp(found.nll_nats)
+    return found.estimate(ppl, ppl)
+
+
+def _nll(found: Measured) -> Estimate | None:
+    return found.estimate(found.nll_nats, 1.0)
+
+
+def _nats_per_byte(found: Measured) -> tuple[float, float] | None:
+    """Nats per byte and its derivative by the mean NLL."""
+    scale = found.scale
+    if scale.n_bytes:
+        return found.total_nats / scale.n_bytes, found.n_tokens / scale.n_bytes
+    if not scale.bytes_per_token:
+        return None
+    return found.nll_nats / scale.bytes_per_token, 1 / scale.bytes_per_token
+
+
+def _bits_per_byte(found: Measured) -> Estimate | None:
+    per_byte = _nats_per_byte(found)
+    if per_byte is None:
+        return None
+    return found.estimate(per_byte[0] / math.log(2), per_byte[1] / math.log(2))
+
+
+def _byte_ppl(found: Measured) -> Estimate | None:
+    per_byte = _nats_per_byte(found)
+    if per_byte is None:
+        return None
+    value = exp(per_byte[0])
+    return found.estimate(value, value * per_byte[1])
+
+
+def _word_ppl(found: Measured) -> Estimate | None:
+    if not found.scale.n_words:
+        return None
+    value = exp(found.total_nats / found.scale.n_words)
+    return found.estimate(value, value * found.n_tokens / found.scale.n_words)
+
+
+def _share_of(column: str) -> Callable[[Measured], Estimate]:
+    """The share of finite tokens for which a bool column is true, with its window-clustered error."""
+
+    def compute(found: Measured) -> Estimate:
+        require_finite(found.n_tokens, found.n_nonfinite)
+        hits = found.columns[column][found.finite]
+        error = clustered_stderr(hits.astype(np.float64), found.window_of[found.finite])
+        return Estimate(value=float(hits.mean()), stderr=error, stderr_is_lower_bound=found.overlapping)
+
+    return compute
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "ppl", (LOGPROB.name,), _ppl, "per token", "PPL", 4,
+        "exp(mean x), as exllamav3's compare_q, transformers' guide, the GPTQ papers and llama-perplexity",
+    ),
+    Metric("nll_nats", (LOGPROB.name,), _nll, "nats per token", "", 4, "mean x"),
+    Metric(
+        "bits_per_byte", (LOGPROB.name,), _bits_per_byte, "bits per byte", "", 4,
+        "nats of the text / (its bytes ln 2), as lm-eval; by the text's average bytes per token where "
+        "only a part of it is scored",
+    ),
+    Metric(
+        "byte_ppl", (LOGPROB.name,), _byte_ppl, "per byte", "", 4,
+        "exp(nats of the text / its bytes), as lm-eval",
+    ),
+    Metric(
+        "word_ppl", (LOGPROB.name,), _word_ppl, "per word", "", 4,
+        "exp(nats of the text / its words), as lm-eval; protocols with words only",
+    ),
+    Metric(
+        "top1", (LOGPROB.name, TOP1.name), _share_of(TOP1.name), "", "", 4,
+        "share of tokens that were the model's first guess", share=True,
+    ),
+    Metric(
+        "top1_bound", (LOGPROB.name, TOP1_BOUND.name), _share_of(TOP1_BOUND.name), "", "", 4,
+        "a lower bound of top1, where the engine gives no ranks", share=True,
+    ),
+)  # fmt: skip
+
+
+def compute(found: Measured, metrics: tuple[Metric, ...] = METRICS) -> dict[str, Estimate]:
+    """Every metric whose columns are there.
 
     Raises:
         ModelError: category "non_finite", when more than 1% of the tokens, or all, are NaN or infinite.
     """
-    assert logprob.shape == top1.shape == window_of.shape, "one entry per scored token"
-    finite = np.isfinite(logprob)
-    n, n_finite = logprob.size, int(finite.sum())
-    _require_finite(n, n - n_finite)
-    x_nats = -logprob[finite].astype(np.float64)
-    windows = window_of[finite]
-    nll_nats = float(x_nats.mean())
-    stderr = clustered_stderr(x_nats, windows)
-    ppl = _exp(nll_nats)
-    per_byte, per_word = _per_unit(nll_nats, n, scale)
-    return Summary(
-        ppl=ppl,
-        ppl_stderr=None if stderr is None else ppl * stderr,
-        stderr_is_lower_bound=overlapping,
-        nll_nats=nll_nats,
-        bits_per_byte=None if per_byte is None else per_byte / math.log(2),
-        word_ppl=None if per_word is None else _exp(per_word),
-        byte_ppl=None if per_byte is None else _exp(per_byte),
-        top1=float(top1[finite].mean()),
-        tokens_scored=n,
-        tokens_nonfinite=n - n_finite,
-        windows=int(np.unique(windows).size),
-    )
+    estimates = {}
+    for metric in metrics:
+        if all(name in found.columns for name in metric.columns):
+            estimate = metric.compute(found)
+            if estimate is not None:
+                estimates[metric.name] = estimate
+    return estimates
 
 
-def clustered_stderr(x: Float64s, window_of: NDArray[np.integer]) -> float | None:
-    """Standard error of mean(x) when entries of one window are correlated (CR1).
-
-    Var = G/(G-1) * sum_g (sum_{i in g} (x_i - mean))**2 / n**2 over G windows. With one entry per window this
-    is sum (x_i - mean)**2 / (n (n-1)), llama-perplexity's error of the mean.
-
-    Args:
-        x: values, [n].
-        window_of: index of the window of each, [n].
-
-    Returns:
-        None for fewer than two windows: a single cluster's deviations sum to zero by construction, so it
-        says nothing about the spread between windows.
-    """
-    _, group_of = np.unique(window_of, return_inverse=True)
-    n_groups = int(group_of.max()) + 1 if group_of.size else 0
-    if n_groups < 2:
-        return None
-    sums = np.bincount(group_of, weights=x - x.mean(), minlength=n_groups)
-    return math.sqrt(n_groups / (n_groups - 1) * float(np.square(sums).sum())) / x.size
-
-
-def paired_difference(
-    a: NDArray[np.float32], b: NDArray[np.float32], window_of: NDArray[np.integer]
-) -> PairedDifference:
-    """How much worse model a is than model b on the same tokens.
-
-    mean(x_a - x_b) = ln(PPL_a / PPL_b), with the clustered error of the difference: what is hard for both
-    models cancels, so it resolves differences far below the error bars of the two perplexities. Agrees with
-    "Mean ln(PPL(Q)/PPL(base))" of llama-perplexity --kl-divergence; the error is clustered here.
-
-    Args:
-        a: ln P of each token by model a, nats, [n].
-        b: the same tokens by model b, [n].
-        window_of: index of the window of each, [n].
-
-    Raises:
-        ModelError: category "non_finite", when more than 1% of the tokens are not finite in both.
-    """
-    assert a.shape == b.shape == window_of.shape, "one entry per token, the same tokens in both"
-    finite = np.isfinite(a) & np.isfinite(b)
-    _require_finite(a.size, a.size - int(finite.sum()))
-    difference_nats = b[finite].astype(np.float64) - a[finite].astype(np.float64)
-    mean = float(difference_nats.mean())
-    return PairedDifference(
-        nll_nats=mean,
-        stderr_nats=clustered_stderr(difference_nats, window_of[finite]),
-        ratio=_exp(mean),
-        tokens=difference_nats.size,
-    )
-
-
-def _require_finite(n: int, n_nonfinite: int) -> None:
-    """Raise ModelError when a mean over the finite tokens would no longer describe the text."""
-    if n == 0:
-        raise ModelError("no token was scored", "non_finite")
-    if n_nonfinite == n or n_nonfinite > NONFINITE_SHARE_MAX * n:
-        raise ModelError(
-            f"{n_nonfinite} of {n} log-probabilities are NaN or infinite ({n_nonfinite / n:.1%})",
-            "non_finite",
-        )
-
-
-def _per_unit(nll_nats: float, n_tokens: int, scale: TextScale) -> tuple[float | None, float | None]:
-    """Nats per byte and per word.
-
-    A text scored as a whole has n_tokens * mean nats: its few non-finite tokens, if any, count as average
-    ones, or the text would look easier than it is.
-    """
-    total_nats = nll_nats * n_tokens
-    per_word = total_nats / scale.n_words if scale.n_words else None
-    if scale.n_bytes:
-        return total_nats / scale.n_bytes, per_word
-    return (nll_nats / scale.bytes_per_token if scale.bytes_per_token else None), per_word
-
-
-def _exp(nats: float) -> float:
-    """exp() that is infinite where float64 ends (a mean of 709 nats, a thoroughly broken model)."""
-    return math.exp(nats) if nats < 709.0 else math.inf
+def columns_of(metrics: tuple[Metric, ...]) -> tuple[str, ...]:
+    """The columns that these metrics need, each once."""
+    return tuple(dict.fromkeys(name for metric in metrics for name in metric.columns))

@@ -1,23 +1,73 @@
 """The result of scoring one model on one text: a versioned, self-describing record.
 
-A record says what it is. `identity` holds everything the perplexity depends on (text, tokens, protocol,
-model files, engine and version, numeric options); `execution` holds how it was carried out (device, batch,
-host), which is recorded but changes nothing by design. `comparison` is the part of the identity that two
-records must share before their perplexities may stand in one table or chart.
+A record says what it is. `identity` holds everything the numbers depend on (text, tokens, windows, model
+files, engine and version, numeric options); `execution` holds how they were made (device, batch, host), which
+is recorded but changes nothing by design. `comparison` is the part of the identity that two records must
+share before their perplexities may stand in one table or chart.
 """
 
 import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from evalq.errors import NotComparable
+from evalq.files import read_json
+from evalq.results.metrics import Estimate
+from evalq.results.statistics import exp
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
+# Metrics that stand in the JSON under their own names too, as compare_q and version 1 have them.
+FLAT = ("ppl", "nll_nats", "bits_per_byte", "word_ppl", "top1")
+PAIR_FLAT = ("ln_ratio",)
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Measured(_Frozen):
+    """Estimates by name, the oldest of them also as plain keys of the JSON."""
+
+    metrics: dict[str, Estimate] = Field(default={}, description="every metric, by its name")
+
+    @staticmethod
+    def gather(given: Any, names: Iterable[str]) -> Any:
+        """Plain keys -> `metrics`, which goes first where both are there."""
+        if not isinstance(given, Mapping):
+            return given
+        rest, found = dict(given), {}
+        for name in names:
+            value, stderr = rest.pop(name, None), rest.pop(f"{name}_stderr", None)
+            bound = rest.pop(f"{name}_stderr_is_lower_bound", False)
+            if value is not None:
+                found[name] = {"value": value, "stderr": stderr, "stderr_is_lower_bound": bool(bound)}
+        return {"metrics": found} | rest
+
+    def spread(self, plain: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+        """`metrics` -> plain keys beside it."""
+        for name in names:
+            estimate = self.metrics.get(name)
+            plain[name] = None if estimate is None else estimate.value
+            plain[f"{name}_stderr"] = None if estimate is None else estimate.stderr
+        return plain
+
+    def value(self, name: str) -> float | None:
+        """A metric's value, None where it is not there."""
+        return self.metrics[name].value if name in self.metrics else None
+
+    def stderr(self, name: str) -> float | None:
+        """A metric's standard error, None where there is none."""
+        return self.metrics[name].stderr if name in self.metrics else None
 
 
 class Failure(_Frozen):
@@ -28,17 +78,60 @@ class Failure(_Frozen):
     remedy: str
 
 
-class AgainstReference(_Frozen):
+class AgainstReference(_Measured):
     """A model beside the reference of its run, token by token, which is far sharper than two error bars."""
 
     label: str = Field(description="the reference's")
-    ppl_ratio: float = Field(description="PPL / the reference's PPL")
-    ln_ratio: float = Field(description="mean difference of NLL per token, nats")
-    ln_ratio_stderr: float | None = Field(description="its window-clustered standard error")
-    significant: bool = Field(description="more than two standard errors from zero")
+    key: str | None = Field(default=None, description="where the store keeps the reference")
+    quantized: bool | None = Field(default=None, description="whether the reference is a quantized model")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_plain(cls, given: Any) -> Any:
+        if isinstance(given, Mapping):
+            given = {k: v for k, v in given.items() if k not in ("ppl_ratio", "significant")}
+        return cls.gather(given, PAIR_FLAT)
+
+    @model_serializer(mode="wrap")
+    def _to_plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        plain = self.spread(handler(self), PAIR_FLAT)
+        return plain | {"ppl_ratio": self.ppl_ratio, "significant": self.significant}
+
+    @property
+    def ln_ratio(self) -> float:
+        """Mean difference of NLL per token, nats: positive when the model is worse."""
+        return self.metrics["ln_ratio"].value
+
+    @property
+    def ln_ratio_stderr(self) -> float | None:
+        """Its window-clustered standard error; None with fewer than two windows."""
+        return self.metrics["ln_ratio"].stderr
+
+    @property
+    def ppl_ratio(self) -> float:
+        """PPL / the reference's PPL, per token."""
+        return exp(self.ln_ratio)
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference is more than two standard errors from zero; False without an error."""
+        return self.ln_ratio_stderr is not None and abs(self.ln_ratio) > 2 * self.ln_ratio_stderr
 
 
-class ResultRecord(_Frozen):
+class ModelFacts(_Frozen):
+    """What was scored, as a paper names it."""
+
+    path: str = Field(description="directory or file, as found when it was scored")
+    hub_name: str | None = Field(default=None, description="owner/name, when it came from the hub")
+    commit: str | None = Field(default=None, description="of the hub")
+    architecture: str | None = None
+    parameters: int | None = Field(default=None, description="all weights")
+    parameters_without_embeddings: int | None = Field(
+        default=None, description="without input embeddings and head"
+    )
+
+
+class ResultRecord(_Measured):
     """One (data, model) pair.
 
     The keys of exllamav3's compare_q (label, layer_bpw, head_bpw, vram_gb, ppl) keep their names and units.
@@ -59,19 +152,16 @@ class ResultRecord(_Frozen):
     disk_gib: float | None = Field(default=None, description="every tensor, GiB")
     format: str | None = Field(default=None, description="checkpoint format in one line")
     lora: str | None = Field(default=None, description="name of the adapter on top")
+    model: ModelFacts | None = None
 
-    ppl: float | None = Field(default=None, description="exp(mean NLL) per token")
-    ppl_stderr: float | None = Field(default=None, description="window-clustered standard error of ppl")
-    ppl_stderr_is_lower_bound: bool = Field(default=False, description="windows overlap")
-    nll_nats: float | None = Field(default=None, description="mean negative log-likelihood per token")
-    bits_per_byte: float | None = None
-    word_ppl: float | None = Field(default=None, description="exp(NLL / words), protocols with words only")
+    is_reference: bool = Field(default=False, description="the others of its run were compared with it")
     against_reference: AgainstReference | None = None
-    top1: float | None = Field(default=None, description="share of targets that were the model's first guess")
     tokens_scored: int | None = None
     tokens_nonfinite: int | None = None
 
-    tokens_per_second: float | None = Field(default=None, description="scored tokens / seconds of forward()")
+    tokens_per_second: float | None = Field(
+        default=None, description="scored tokens per second in the engine, warm-up left out"
+    )
     load_seconds: float | None = None
     peak_memory_gib: float | None = Field(
         default=None, description="largest resident (CPU) or allocated (GPU)"
@@ -80,11 +170,37 @@ class ResultRecord(_Frozen):
     engine: str
     engine_version: str | None = None
     protocol: str
+    scored_at: str | None = Field(default=None, description="when scoring ended, ISO 8601, UTC")
     notes: list[str] = []
     comparison: dict[str, Any] = Field(description="must be equal for two records to be compared")
     identity: dict[str, Any] = Field(description="everything the perplexity depends on")
     execution: dict[str, Any] = Field(default_factory=dict, description="how the work was carried out")
     key: str | None = Field(default=None, description="where the store keeps it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_plain(cls, given: Any) -> Any:
+        return cls.gather(given, FLAT)
+
+    @model_serializer(mode="wrap")
+    def _to_plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        plain = self.spread(handler(self), FLAT)
+        return plain | {"ppl_stderr_is_lower_bound": self.ppl_stderr_is_lower_bound}
+
+    @property
+    def ppl(self) -> float | None:
+        """exp(mean NLL) per token."""
+        return self.value("ppl")
+
+    @property
+    def ppl_stderr(self) -> float | None:
+        """Window-clustered standard error of ppl."""
+        return self.stderr("ppl")
+
+    @property
+    def ppl_stderr_is_lower_bound(self) -> bool:
+        """Whether windows overlap."""
+        return "ppl" in self.metrics and self.metrics["ppl"].stderr_is_lower_bound
 
     @property
     def unit(self) -> str:
@@ -92,37 +208,72 @@ class ResultRecord(_Frozen):
         return str(self.comparison.get("unit", "token"))
 
     @property
-    def headline_ppl(self) -> float | None:
+    def headline(self) -> Estimate | None:
         """The perplexity that the protocol's own tool would print."""
-        return self.word_ppl if self.unit == "word" else self.ppl
+        return self.metrics.get("word_ppl" if self.unit == "word" else "ppl")
+
+    @property
+    def headline_ppl(self) -> float | None:
+        """Its value; None for a failed model, or where the text has no words to count."""
+        return None if self.headline is None else self.headline.value
 
     @property
     def headline_stderr(self) -> float | None:
         """Standard error of headline_ppl, to first order; None where it is not a finite number above 0."""
-        ppl, per_unit = self.headline_ppl, self._tokens_per_unit
-        if not ppl or not self.ppl or not self.ppl_stderr or not per_unit:
+        if self.headline is None:
             return None
-        error = ppl * per_unit * self.ppl_stderr / self.ppl
-        return error if math.isfinite(error) else None
+        error, per_unit = self.headline.stderr, self._tokens_per_unit
+        if error is None and self.unit == "word" and self.ppl and self.ppl_stderr and per_unit:
+            # Records of version 1 kept the error per token only.
+            error = self.headline.value * per_unit * self.ppl_stderr / self.ppl
+        return error if error and math.isfinite(error) else None
 
     @property
     def headline_ratio(self) -> tuple[float, float | None] | None:
-        """headline_ppl over the reference's, and its standard error; None without a reference."""
+        """headline_ppl over the reference's, and its standard error; None without a reference.
+
+        The ratio is infinite for a model that is too far off for a float.
+        """
         against, per_unit = self.against_reference, self._tokens_per_unit
         if against is None or per_unit is None:
             return None
-        ratio = math.exp(per_unit * against.ln_ratio)
+        ratio = exp(per_unit * against.ln_ratio)
         error = against.ln_ratio_stderr
-        return ratio, None if error is None else ratio * per_unit * error
+        if error is None or not math.isfinite(ratio * per_unit * error):
+            return ratio, None
+        return ratio, ratio * per_unit * error
 
     @property
     def _tokens_per_unit(self) -> float | None:
         """ln(word_ppl) = tokens per word * ln(ppl), so relative errors differ by that factor."""
         if self.unit != "word":
             return 1.0
-        if self.word_ppl is None or self.ppl is None or not 1 < self.ppl < math.inf:
+        word_ppl, ppl = self.value("word_ppl"), self.ppl
+        if word_ppl is None or ppl is None or not 1 < ppl < math.inf or not 0 < word_ppl < math.inf:
             return None
-        return math.log(self.word_ppl) / math.log(self.ppl)
+        return math.log(word_ppl) / math.log(ppl)
+
+
+def read_record(folder: Path) -> ResultRecord | None:
+    """The record in a result's folder; None when there is none, or it cannot be read."""
+    try:
+        return ResultRecord.model_validate(read_json(folder / "record.json"))
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+# Version 1 did not keep it; the counts and lengths beside it then decide alone.
+_SINCE_2 = ("plan_sha256",)
+
+
+def same_comparison(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first key that two comparisons do not share; None when their results can be compared."""
+    for key in sorted(one.keys() | other.keys()):
+        if key in _SINCE_2 and (key not in one or key not in other):
+            continue
+        if one.get(key) != other.get(key):
+            return key
+    return None
 
 
 def require_comparable(records: list[ResultRecord]) -> None:
@@ -130,10 +281,16 @@ def require_comparable(records: list[ResultRecord]) -> None:
     scored = [r for r in records if r.status == "ok"]
     for other in scored[1:]:
         first = scored[0]
-        for key in sorted(first.comparison.keys() | other.comparison.keys()):
-            mine, theirs = first.comparison.get(key), other.comparison.get(key)
-            if mine != theirs:
-                raise NotComparable(
-                    f'"{first.label}" and "{other.label}" cannot be compared: {key} is {mine} and {theirs}',
-                    "score both with one data spec",
-                )
+        key = same_comparison(first.comparison, other.comparison)
+        if key is None:
+            continue
+        mine, theirs = first.comparison.get(key), other.comparison.get(key)
+        remedy = "score both with one data spec"
+        if key == "tokens_sha256":
+            remedy = (
+                "two tokenizers cut the text into other tokens, so numbers per token measure other things; "
+                "bits_per_byte in the JSON of each can be compared"
+            )
+        raise NotComparable(
+            f'"{first.label}" and "{other.label}" cannot be compared: {key} is {mine} and {theirs}', remedy
+        )

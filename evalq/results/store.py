@@ -3,26 +3,30 @@
     STORE/texts/                    WikiText-2 as fetched from the hub
     STORE/tokens/KEY.safetensors    a token stream and what its tokenizer said
     STORE/digests.json              SHA-256 of model files, by their stat
+    STORE/models/KEY.json           what was found out about a model spec's files, for when they are gone
+    STORE/families/FAMILY/KEY       results that differ in their windows only
+    STORE/locks/KEY.lock            one writer at a time for each result
     STORE/results/KEY/              one (data, model) pair; KEY is the SHA-256 of its identity
         identity.json               what was scored, with what
-        parts/00012.safetensors     the windows of one forward() each, while a run is under way
+        parts/                      the windows of one batch each, while a run is under way
         scores.safetensors          all of them, when it is done
         run.json                    how it was carried out
         record.json                 the sums, derived from the three above
         failure.json                why the last try ended, if it did
         worker.log                  what the engine printed
-        lock                        one writer at a time
 
 Every file is written under another name, synced and renamed, so a reader sees all of it or none, and a run
 that is killed loses only the windows in flight. Nothing is pickled.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +35,24 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
+from evalq.data.windows import WindowPlan
 from evalq.errors import StoreError
-from evalq.files import write_atomic, write_json, write_remedy
+from evalq.files import read_json, write_atomic, write_json, write_remedy
+from evalq.results.tokens import (
+    Array,
+    Part,
+    Timing,
+    TokenColumns,
+    encode,
+    encode_part,
+    read_columns,
+    read_part,
+    windows_in,
+)
 
 STORE_VERSION = 1
+SCORES, RUN, PARTS = "scores.safetensors", "run.json", "parts"
 
 
 def default_root() -> Path:
@@ -47,27 +62,41 @@ def default_root() -> Path:
     return Path(os.environ.get("EVALQ_STORE") or user_data_path("evalq", appauthor=False))
 
 
-def key_of(identity: dict[str, Any]) -> str:
+def key_of(identity: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of an identity's canonical JSON."""
     text = json.dumps({"store": STORE_VERSION, **identity}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class StoredScores:
-    """Per-token scores of a run, in window order.
+class Held:
+    """What a result holds of a plan's windows.
 
     Args:
-        logprob: nats, float32 [n].
-        top1: bool [n].
-        window: index of the window each token was scored in, int64 [n].
-        seconds: time spent in forward(), summed over every session of the run.
+        plan: the windows.
+        columns: name -> [n_targets]; values of windows that are not there mean nothing.
+        there: name -> bool [W], which windows are there.
+        timing: of all that is there.
     """
 
-    logprob: NDArray[np.float32]
-    top1: NDArray[np.bool_]
-    window: NDArray[np.int64]
-    seconds: float
+    plan: WindowPlan
+    columns: Mapping[str, Array]
+    there: Mapping[str, NDArray[np.bool_]]
+    timing: Timing
+
+    def missing(self, names: Iterable[str]) -> dict[int, tuple[str, ...]]:
+        """Window -> those of the named columns that it lacks; complete windows are left out."""
+        nothing = np.zeros(len(self.plan.windows), bool)
+        lacking: dict[int, tuple[str, ...]] = {}
+        for name in names:
+            for index in np.flatnonzero(~self.there.get(name, nothing)).tolist():
+                lacking[index] = (*lacking.get(index, ()), name)
+        return dict(sorted(lacking.items()))
+
+    @property
+    def complete(self) -> dict[str, Array]:
+        """The columns that every window has."""
+        return {name: column for name, column in self.columns.items() if self.there[name].all()}
 
 
 class ResultDir:
@@ -79,106 +108,161 @@ class ResultDir:
 
     @contextmanager
     def lock(self, on_wait: Callable[[], None] = lambda: None, timeout: float = -1) -> Iterator[None]:
-        """Hold the writer's lock, calling `on_wait` once if another process has it. Raises StoreError."""
+        """Hold the writer's lock, calling `on_wait` once if another process has it.
+
+        It lies outside the result's folder, so that removing a result leaves it in place.
+
+        Raises:
+            StoreError: it cannot be made, or another process holds it for longer than `timeout` seconds.
+        """
+        file = self.path.parent.parent / "locks" / f"{self.path.name}.lock"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / "lock")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(file)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
                 on_wait()
                 lock.acquire(timeout=timeout)
+        except Timeout:
+            raise StoreError(f"another process is writing {self.path}", "wait for it") from None
         except OSError as error:
-            raise StoreError(
-                f"cannot lock {self.path}: {error.strerror or error}", write_remedy(error)
-            ) from None
+            message = f"cannot lock {self.path}: {error.strerror or error}"
+            raise StoreError(message, write_remedy(error)) from None
         try:
             yield
         finally:
             lock.release()
 
-    def write_part(
-        self, windows: list[int], logprob_BK: NDArray[np.float32], top1_BK: NDArray[np.bool_], seconds: float
-    ) -> None:
-        """Keep the scores of the windows of one forward(). Raises StoreError."""
-        tensors: dict[str, NDArray[Any]] = {
-            "window": np.asarray(windows, np.int64),
-            "logprob": np.ascontiguousarray(logprob_BK, np.float32),
-            "top1": np.ascontiguousarray(top1_BK).astype(np.uint8),
-        }
-        data = save(tensors, {"seconds": repr(seconds)})
-        write_atomic(self.path / "parts" / f"{windows[0]:06d}.safetensors", data)
+    def write_part(self, part: Part, plan: WindowPlan) -> None:
+        """Keep the columns of a batch. Raises StoreError."""
+        names = hashlib.sha256("+".join(sorted(part.columns)).encode()).hexdigest()[:8]
+        file = self.path / PARTS / f"{part.windows[0]:06d}-{names}.safetensors"
+        write_atomic(file, encode_part(part, plan.digest))
 
-    def parts(self) -> StoredScores:
-        """Every part so far; a part that cannot be read counts as not there."""
-        logprob, top1, window, seconds = [], [], [], 0.0
-        for file in sorted((self.path / "parts").glob("*.safetensors")):
-            try:
-                part = load_file(file)
-                seconds += float(_metadata(file)["seconds"])
-            except (OSError, SafetensorError, KeyError, ValueError):
-                continue
-            logprob.append(part["logprob"].ravel())
-            top1.append(part["top1"].ravel().astype(bool))
-            window.append(np.repeat(part["window"], part["logprob"].shape[1]))
-        if not window:
-            return StoredScores(np.empty(0, np.float32), np.empty(0, bool), np.empty(0, np.int64), 0.0)
-        order = np.argsort(np.concatenate(window), kind="stable")
-        return StoredScores(
-            np.concatenate(logprob)[order],
-            np.concatenate(top1)[order],
-            np.concatenate(window)[order],
-            seconds,
-        )
+    def held(self, plan: WindowPlan) -> Held:
+        """What is there of a plan's windows, finished or in parts. What cannot be read is not there."""
+        n_windows, n_targets = len(plan.windows), plan.n_targets
+        columns: dict[str, Array] = {}
+        there: dict[str, NDArray[np.bool_]] = {}
+        timing = Timing()
+        finished = self.scores()
+        if finished is not None and finished.belongs_to(plan):
+            columns = {name: np.array(column) for name, column in finished.columns.items()}
+            there = {name: np.ones(n_windows, bool) for name in columns}
+            timing = finished.timing
+        bounds = np.concatenate([[0], np.cumsum([window.n_targets for window in plan.windows])])
+        for part in self._parts(plan):
+            new = False
+            for name, rows in part.columns.items():
+                column = columns.setdefault(name, np.zeros(n_targets, rows.dtype))
+                have = there.setdefault(name, np.zeros(n_windows, bool))
+                if column.dtype != rows.dtype:
+                    continue
+                for index, row in zip(part.windows, rows, strict=True):
+                    if not have[index]:
+                        column[bounds[index] : bounds[index + 1]] = row
+                        have[index], new = True, True
+            timing = timing + part.timing if new else timing
+        return Held(plan, columns, there, timing)
 
-    def finish(self, run: dict[str, Any]) -> None:
-        """Join the parts into scores.safetensors and note how the run was carried out. Raises StoreError."""
-        scores = self.parts()
-        tensors: dict[str, NDArray[Any]] = {
-            "logprob": scores.logprob,
-            "top1": scores.top1.astype(np.uint8),
-            "window": scores.window,
-        }
-        write_json(self.path / "run.json", run)
-        write_atomic(self.path / "scores.safetensors", save(tensors, {"seconds": repr(scores.seconds)}))
-        shutil.rmtree(self.path / "parts", ignore_errors=True)
+    def _parts(self, plan: WindowPlan) -> Iterator[Part]:
+        for file in sorted((self.path / PARTS).glob("[0-9]*.safetensors")):
+            part = read_part(file, plan)
+            if part is not None:
+                yield part
+
+    def windows_done(self) -> int:
+        """Windows that the parts of an unfinished run hold, by their readable headers."""
+        done: set[int] = set()
+        for file in (self.path / PARTS).glob("[0-9]*.safetensors"):
+            done.update(windows_in(file))
+        return len(done)
+
+    def drop_parts(self) -> None:
+        """Forget what an unfinished run has scored."""
+        shutil.rmtree(self.path / PARTS, ignore_errors=True)
+
+    def finish(self, held: Held, run: Mapping[str, Any]) -> None:
+        """Join what is held into scores.safetensors and note how the run was carried out.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        assert held.complete, "a result has at least one complete column"
+        plan = held.plan
+        found = TokenColumns(held.complete, plan.window_of, held.timing, plan.table, plan.digest)
+        write_json(self.path / RUN, run)
+        write_atomic(self.path / SCORES, encode(found))
+        shutil.rmtree(self.path / PARTS, ignore_errors=True)
         (self.path / "failure.json").unlink(missing_ok=True)
 
-    def scores(self) -> StoredScores | None:
-        """The scores of a finished run, else None."""
-        file = self.path / "scores.safetensors"
-        try:
-            found = load_file(file)
-            seconds = float(_metadata(file)["seconds"])
-            return StoredScores(found["logprob"], found["top1"].astype(bool), found["window"], seconds)
-        except (OSError, SafetensorError, KeyError, ValueError):
-            return None
+    def scores(self) -> TokenColumns | None:
+        """The columns of a finished run, else None."""
+        return read_columns(self.path / SCORES)
+
+    def run(self) -> dict[str, Any]:
+        """How a finished run was carried out, {} when that cannot be read."""
+        found = read_json(self.path / RUN)
+        return found if isinstance(found, dict) else {}
+
+    def answers(self, plan: WindowPlan, names: Iterable[str]) -> bool:
+        """Whether every column asked for is there, or known to be more than the engine can give."""
+        found = self.scores()
+        if found is None or not found.belongs_to(plan):
+            return False
+        known = self.run().get("columns_not_given", [])
+        return all(name in found.columns or name in known for name in names)
+
+    def tidy(self) -> None:
+        """Remove the parts that a kill left beside a finished result, unless somebody is writing."""
+        if not (self.path / PARTS).is_dir():
+            return
+        with contextlib.suppress(StoreError), self.lock(timeout=0):
+            if self.scores() is not None:
+                shutil.rmtree(self.path / PARTS, ignore_errors=True)
 
     def clear(self) -> None:
         """Remove this result, once no other process is writing it. Raises StoreError."""
         if not self.path.exists():
             return
         with self.lock():
+            # Renamed first: whoever writes beside us makes a new folder instead of filling this one again.
+            gone = self.path.parent.parent / f".removed-{uuid.uuid4().hex}"
             try:
-                shutil.rmtree(self.path)
+                os.rename(self.path, gone)
+            except FileNotFoundError:
+                return
             except OSError as error:
-                raise StoreError(f"cannot remove {self.path}: {error.strerror or error}") from None
+                message = f"cannot remove {self.path}: {error.strerror or error}"
+                raise StoreError(message, write_remedy(error)) from None
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 class Store:
-    """A folder of results. Raises StoreError when it cannot be written."""
+    """A folder of results."""
 
-    def __init__(self, root: Path) -> None:
-        """Make the folder if need be, and try to write in it before any work is done for it."""
+    def __init__(self, root: Path, read_only: bool = False) -> None:
+        """Make the folder if need be, and try to write in it before any work is done for it.
+
+        Args:
+            root: the folder.
+            read_only: only look at what is there: nothing is made, nothing is tried.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
         self.root = root
+        if read_only:
+            return
         try:
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=root) as file:
                 file.write(b"evalq")
-        except OSError as error:
-            raise StoreError(
-                f"the store {root} cannot be written: {error.strerror or error}", write_remedy(error)
-            ) from None
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            remedy = write_remedy(error) if isinstance(error, OSError) else "name another folder with --store"
+            raise StoreError(f"the store {root} cannot be written: {why}", remedy) from None
 
     def result(self, key: str) -> ResultDir:
         """The result with this key, there or not."""
@@ -186,8 +270,11 @@ class Store:
 
     def results(self) -> list[ResultDir]:
         """Every result that has an identity, oldest first."""
-        found = (self.root / "results").glob("*/identity.json")
-        return [ResultDir(file.parent) for file in sorted(found, key=lambda file: file.stat().st_mtime)]
+        found = []
+        for file in (self.root / "results").glob("*/identity.json"):
+            with contextlib.suppress(OSError):  # removed in the meantime
+                found.append((file.stat().st_mtime, file.parent))
+        return [ResultDir(path) for _, path in sorted(found)]
 
     @property
     def texts(self) -> Path:
@@ -198,9 +285,24 @@ class Store:
         """Where a token stream is or goes."""
         return self.root / "tokens" / f"{key}.safetensors"
 
+    @property
+    def digests(self) -> Path:
+        """The cache of model files' digests."""
+        return self.root / "digests.json"
 
-def _metadata(file: Path) -> dict[str, str]:
-    from safetensors import safe_open
+    def model(self, key: str) -> Path:
+        """Where what is known of a model spec's files is or goes."""
+        return self.root / "models" / f"{key}.json"
 
-    with safe_open(file, framework="numpy") as opened:
-        return dict(opened.metadata() or {})
+    def family(self, family: str) -> list[ResultDir]:
+        """Results of one model on one token stream and protocol, whatever their windows."""
+        try:
+            return [self.result(file.name) for file in sorted((self.root / "families" / family).iterdir())]
+        except OSError:
+            return []
+
+    def join_family(self, family: str, key: str) -> None:
+        """Note that a result belongs to a family. Raises StoreError."""
+        file = self.root / "families" / family / key
+        if not file.exists():
+            write_atomic(file, b"")

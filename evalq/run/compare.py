@@ -10,20 +10,25 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from evalq.data.sources import load_text
-from evalq.errors import ModelError
+from evalq.errors import ModelError, StoreError
 from evalq.failures import remedy_of
 from evalq.files import write_json
-from evalq.machine import environment
 from evalq.registry import resolve_engine
 from evalq.results.record import ResultRecord
+from evalq.results.reference import Candidate, Reference, choose, with_reference
 from evalq.results.store import ResultDir, Store, key_of
-from evalq.run.outcome import failed_record, scored_record, with_reference
+from evalq.run.checks import check_positions
+from evalq.run.job import LoraJob, ScoreJob
+from evalq.run.outcome import failed_record, remembered_record, scored_record
 from evalq.run.predict import predict, require_fit
-from evalq.run.prepare_data import Data, choose_tokenizer, tokenized
-from evalq.run.prepare_model import Prepared, prepare
+from evalq.run.prepare_data import PreparedData, choose_tokenizer, tokenized
+from evalq.run.prepare_model import PreparedModel, Unprepared, prepare
 from evalq.run.process import Event, RunSettings, WorkerSettings, run_worker
-from evalq.run.scoring import check_positions
+from evalq.run.reuse import family_of, reuse
 from evalq.spec import DataSpec, ModelSpec, require_unique_labels
+
+# Another process may remove a result (-cc) between its last window and its record.
+_TRIES = 5
 
 
 class Reporter(Protocol):
@@ -60,64 +65,117 @@ def compare(
         with contextlib.suppress(ModelError):  # of that model alone; prepare() makes a record of it
             resolve_engine(spec)  # a typo in the last model must not be found after a night of scoring
     text = load_text(data_spec, store.texts, settings.offline)
-    ordered = sorted(specs, key=lambda spec: spec.out_logits is None)
-    prepared = [_prepare(spec, store, settings.offline) for spec in ordered]
-    chosen = choose_tokenizer(data_spec, ordered, prepared, settings.offline)
+    models = [prepare(spec, store, settings.offline) for spec in specs]
+    reference = choose([_candidate(model) for model in models], settings.reference)
+    if reference is not None:
+        models.sort(key=lambda model: model.spec.plain_label != reference.label)
+    chosen = choose_tokenizer(data_spec, models, store, settings.offline)
     data = tokenized(data_spec, text, chosen, store, settings, reporter.status)
     records = []
-    for spec, model in zip(ordered, prepared, strict=True):
-        reporter.model(spec.plain_label, len(data.plan.windows))
-        record, cached = _score(spec, model, data, store, settings, reporter)
+    for model in models:
+        reporter.model(model.spec.plain_label, len(data.plan.windows))
+        record, cached = _score(model, data, store, settings, reporter)
         reporter.record(record, cached)
         records.append(record)
-    return with_reference(records, ordered, store)
+    return _compared(records, models, reference, store, reporter)
 
 
-def _prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared | ModelError:
-    try:
-        return prepare(spec, store, offline)
-    except ModelError as error:
-        return error
+def _candidate(model: PreparedModel | Unprepared) -> Candidate:
+    marked = 2 if model.spec.reference else int(model.spec.out_logits is not None)
+    label = model.spec.plain_label
+    if isinstance(model, Unprepared):
+        return Candidate(label, None, marked=marked)
+    bpw = model.spec.override_bpw_layer or model.storage.layer_bpw
+    return Candidate(label, bpw, model.derived, marked)
+
+
+def _compared(
+    records: list[ResultRecord],
+    models: list[PreparedModel | Unprepared],
+    reference: Reference | None,
+    store: Store,
+    reporter: Reporter,
+) -> list[ResultRecord]:
+    """Every record beside the reference; the next by rule where one that the rule chose has failed."""
+    scored = [record for record in records if record.status == "ok"]
+    if reference is None or all(record.label != reference.label for record in scored):
+        if reference is not None and scored:
+            what = f'the reference "{reference.label}" was not scored'
+            reporter.status(what if reference.by_hand else f"{what}: another one takes its place")
+        if reference is None or not reference.by_hand:
+            by_label = {model.spec.plain_label: model for model in models}
+            left = [
+                Candidate(r.label, r.layer_bpw, getattr(by_label[r.label], "derived", False)) for r in scored
+            ]
+            reference = choose(left)
+    found = with_reference(records, reference, lambda record: store.result(str(record.key)).scores())
+    for record in found:
+        if record.status == "ok" and record.key is not None:
+            with contextlib.suppress(StoreError):
+                write_json(store.result(record.key).path / "record.json", record.model_dump())
+    return found
 
 
 def _score(
-    spec: ModelSpec,
-    model: Prepared | ModelError,
-    data: Data,
+    model: PreparedModel | Unprepared,
+    data: PreparedData,
     store: Store,
     settings: RunSettings,
     reporter: Reporter,
 ) -> tuple[ResultRecord, bool]:
-    if isinstance(model, ModelError):
-        return failed_record(spec, None, data, model, None), False
+    if isinstance(model, Unprepared):
+        return _recalled(model, data, store)
     identity = {**data.comparison, **model.identity}
-    key = key_of(identity)
-    result = store.result(key)
+    result = store.result(key_of(identity))
     if settings.clear_cache:
         result.clear()
+    else:
+        legacy = {k: v for k, v in data.comparison.items() if k != "plan_sha256"} | model.legacy_identity
+        reuse(store, result, data.plan, identity, legacy)
+    kept = {"label": model.spec.plain_label, **identity}
     try:
-        if result.scores() is not None:
-            return scored_record(model, data, identity, result), True
-        check_positions(model.checkpoint.max_positions, data.plan)
-        write_json(result.path / "identity.json", {"label": spec.plain_label, **identity})
-        prediction = predict(model, data.plan)
-        if not settings.try_anyway:
-            require_fit(prediction)
-        if prediction is not None:
-            write_json(result.path / "predicted.json", asdict(prediction))
-        worker = WorkerSettings(
-            model.python, settings.timeout_seconds, settings.offline, result.path / "worker.log"
-        )
-        _run_scoring(_score_job(model, data, result), worker, reporter)
-        write_json(result.path / "environment.json", environment())
-        return scored_record(model, data, identity, result), False
+        for attempt in range(_TRIES):
+            if result.answers(data.plan, settings.columns):
+                result.tidy()
+                record = scored_record(model, data, identity, result)
+                if record is not None:
+                    write_json(result.path / "identity.json", kept)
+                    store.join_family(family_of(identity), result.path.name)
+                    return record, attempt == 0
+            check_positions(model.checkpoint.max_positions, data.plan)
+            write_json(result.path / "identity.json", kept)
+            _predict(model, data, settings, result)
+            worker = WorkerSettings(
+                model.python, settings.timeout_seconds, settings.offline, result.path / "worker.log"
+            )
+            _run_scoring(_job(model, data, settings, result, kept), worker, reporter)
+        raise StoreError(f"{result.path} is removed again and again", "use another --store for this run")
     except ModelError as error:
         failure = {"category": error.category, "message": error.message, "remedy": remedy_of(error)}
         write_json(result.path / "failure.json", failure)
-        return failed_record(spec, model, data, error, key), False
+        return failed_record(model.spec, model, data, error, result.path.name), False
 
 
-def _run_scoring(job: dict[str, Any], worker: WorkerSettings, reporter: Reporter) -> None:
+def _recalled(model: Unprepared, data: PreparedData, store: Store) -> tuple[ResultRecord, bool]:
+    """A stored result of a model whose files are gone, else its failure."""
+    if model.remembered is not None:
+        key = key_of({**data.comparison, **model.remembered.identity})
+        record = remembered_record(model, data, key, store.result(key))
+        if record is not None:
+            return record, True
+    return failed_record(model.spec, None, data, model.error, None), False
+
+
+def _predict(model: PreparedModel, data: PreparedData, settings: RunSettings, result: ResultDir) -> None:
+    """Raise ModelError for a model that cannot fit; keep what is predicted."""
+    prediction = predict(model, data.plan)
+    if not settings.try_anyway:
+        require_fit(prediction)
+    if prediction is not None:
+        write_json(result.path / "predicted.json", asdict(prediction))
+
+
+def _run_scoring(job: ScoreJob, worker: WorkerSettings, reporter: Reporter) -> None:
     """Run a worker to its end; once more with half as much at once if it runs out of memory while scoring."""
     try:
         run_worker(job, worker, reporter.event)
@@ -125,25 +183,33 @@ def _run_scoring(job: dict[str, Any], worker: WorkerSettings, reporter: Reporter
         if error.category != "oom_forward":
             raise
         reporter.status(f"out of memory ({error.message}): once more with half as much at once")
-        run_worker(job | {"divide_work": 2}, worker, reporter.event)
+        run_worker(job.model_copy(update={"divide_work": 2}), worker, reporter.event)
 
 
-def _score_job(model: Prepared, data: Data, result: ResultDir) -> dict[str, Any]:
-    return {
-        "kind": "score",
-        "load": model.engine.load,
-        "forward": model.engine.forward,
-        "load_fn": model.spec.load_fn,
-        "path": str(model.files.path),
-        "overlay": None if model.files.overlay is None else str(model.files.overlay),
-        "options": model.engine.options,
-        "trust_remote_code": model.spec.trust_remote_code,
-        "tokens_file": str(data.tokens_file.resolve()),
-        "max_tokens": data.spec.max_tokens,
-        "settings": asdict(data.settings),
-        "result_dir": str(result.path.resolve()),
-        "lora": None
-        if model.adapter is None
-        else {"path": str(model.adapter.path), "name": model.adapter.name},
-        "divide_work": 1,
-    }
+def _job(
+    model: PreparedModel,
+    data: PreparedData,
+    settings: RunSettings,
+    result: ResultDir,
+    identity: dict[str, Any],
+) -> ScoreJob:
+    remote = model.engine.loader.remote_versions(model.engine.options) is not None
+    lora = model.adapter
+    return ScoreJob(
+        load=model.engine.load,
+        forward=model.engine.forward,
+        load_fn=model.spec.load_fn,
+        path=str(model.files.path),
+        overlay=None if model.files.overlay is None else str(model.files.overlay),
+        options=model.engine.options,
+        trust_remote_code=model.spec.trust_remote_code,
+        versions=model.versions if remote else {},
+        tokens_file=str(data.tokens_file.resolve()),
+        max_tokens=data.spec.max_tokens,
+        settings=data.settings,
+        plan_digest=data.plan.digest,
+        columns=settings.columns,
+        result_dir=str(result.path.resolve()),
+        identity=identity,
+        lora=None if lora is None else LoraJob(path=str(lora.path), name=lora.name),
+    )

@@ -1,63 +1,68 @@
 """What the store holds and the headers say -> a ResultRecord."""
 
-from collections.abc import Sequence
+import json
 from typing import Any
 
 from evalq.data.windows import StreamFacts, WindowPlan
-from evalq.errors import ModelError, StoreError
+from evalq.errors import ModelError
 from evalq.failures import remedy_of
 from evalq.files import read_json, write_json
-from evalq.results.metrics import Summary, paired_difference, summarize
-from evalq.results.record import AgainstReference, Failure, ResultRecord
-from evalq.results.store import ResultDir, Store
-from evalq.run.prepare_data import Data
-from evalq.run.prepare_model import Prepared
+from evalq.results.metrics import Measured, compute
+from evalq.results.record import Failure, ModelFacts, ResultRecord, read_record
+from evalq.results.store import ResultDir
+from evalq.results.tokens import TokenColumns
+from evalq.run.prepare_data import PreparedData
+from evalq.run.prepare_model import PreparedModel, Unprepared
 from evalq.spec import ModelSpec
 from evalq.version import METRICS_VERSION, __version__
 
 
-def scored_record(model: Prepared, data: Data, identity: dict[str, Any], result: ResultDir) -> ResultRecord:
+def scored_record(
+    model: PreparedModel, data: PreparedData, identity: dict[str, Any], result: ResultDir
+) -> ResultRecord | None:
     """The record of a finished run, summed up from its stored scores, and kept as record.json.
+
+    Returns:
+        None when the scores are not there: another process removed them.
 
     Raises:
         ModelError: category non_finite, when too many log-probabilities are.
-        StoreError: the scores are gone.
     """
-    scores, run = result.scores(), read_json(result.path / "run.json")
-    if scores is None or run is None:
-        raise StoreError(f"{result.path} holds no finished scores", "run again")
-    summary = summarize(scores.logprob, scores.top1, scores.window, data.plan.overlapping, scale=data.scale)
+    scores, run = result.scores(), result.run()
+    if scores is None or not scores.belongs_to(data.plan):
+        return None
+    measured = Measured(scores.columns, scores.window_of, data.plan.overlapping, data.scale)
+    metrics = compute(measured)
+    speed = _speed_notes(model, scores)
     notes = [
+        *model.spec.notes,
         *model.storage.findings,
-        *run["notes"],
+        *(note for note in run.get("notes", ()) if isinstance(note, str)),
         *_bos_notes(data.plan, data.stream.facts),
-        *_count_notes(summary),
+        *_count_notes(measured),
+        *speed,
     ]
     record = ResultRecord(
         status="ok",
         **_described(model.spec, data),
         **_bits(model),
-        ppl=summary.ppl,
-        ppl_stderr=summary.ppl_stderr,
-        ppl_stderr_is_lower_bound=summary.stderr_is_lower_bound,
-        nll_nats=summary.nll_nats,
-        bits_per_byte=summary.bits_per_byte,
-        word_ppl=summary.word_ppl,
-        top1=summary.top1,
-        tokens_scored=summary.tokens_scored,
-        tokens_nonfinite=summary.tokens_nonfinite,
-        tokens_per_second=summary.tokens_scored / scores.seconds if scores.seconds else None,
-        load_seconds=run["load_seconds"],
-        peak_memory_gib=run["peak_memory_gib"],
+        metrics=metrics,
+        model=_facts(model.facts, run),
+        tokens_scored=measured.n_tokens,
+        tokens_nonfinite=measured.n_nonfinite,
+        tokens_per_second=None if speed else scores.timing.tokens_per_second,
+        load_seconds=_number(run.get("load_seconds")),
+        peak_memory_gib=None if speed else _number(run.get("peak_memory_gib")),
         engine_version=_engine_version(model),
+        scored_at=run.get("finished_at"),
         notes=list(dict.fromkeys(notes)),
         identity=identity,
         execution={
-            "seconds": scores.seconds,
-            **{name: value for name, value in run.items() if name != "notes"},
+            "seconds": scores.timing.seconds,
             "options": model.engine.options,
+            **{name: value for name, value in run.items() if name not in ("notes", "environment")},
             "predicted": read_json(result.path / "predicted.json"),
-            "environment": read_json(result.path / "environment.json"),
+            "environment": run.get("environment"),
             "evalq": __version__,
         },
         key=result.path.name,
@@ -66,8 +71,22 @@ def scored_record(model: Prepared, data: Data, identity: dict[str, Any], result:
     return record
 
 
+def remembered_record(
+    model: Unprepared, data: PreparedData, key: str, result: ResultDir
+) -> ResultRecord | None:
+    """The stored record of a model whose files are gone; None when it was never scored on this data."""
+    stored = read_record(result.path)
+    scores = result.scores()
+    if stored is None or stored.status != "ok" or scores is None or not scores.belongs_to(data.plan):
+        return None
+    when = f" of {stored.scored_at[:10]}" if stored.scored_at else ""
+    note = f"a stored result{when}: {model.error.message}"
+    update = _described(model.spec, data) | {"notes": [*stored.notes, note], "key": key}
+    return stored.model_copy(update=update)
+
+
 def failed_record(
-    spec: ModelSpec, model: Prepared | None, data: Data, error: ModelError, key: str | None
+    spec: ModelSpec, model: PreparedModel | None, data: PreparedData, error: ModelError, key: str | None
 ) -> ResultRecord:
     """The record of a model without a perplexity: what is known of it, and why."""
     return ResultRecord(
@@ -75,49 +94,46 @@ def failed_record(
         error=Failure(category=error.category, message=error.message, remedy=remedy_of(error)),
         **_described(spec, data),
         **({} if model is None else _bits(model)),
+        model=None if model is None else model.facts,
         engine_version=None if model is None else _engine_version(model),
+        notes=list(spec.notes),
         identity=data.comparison if model is None else {**data.comparison, **model.identity},
         key=key,
     )
 
 
-def with_reference(
-    records: list[ResultRecord], specs: Sequence[ModelSpec], store: Store
-) -> list[ResultRecord]:
-    """The same records, each scored one compared with the reference on the tokens both scored.
-
-    The reference is the first model whose spec has out_logits, else the scored one with the most bits per
-    weight (the first of several).
-    """
-    scored = [record for record in records if record.status == "ok" and record.layer_bpw is not None]
-    if len(scored) < 2:
-        return records
-    marked = {spec.plain_label for spec in specs if spec.out_logits is not None}
-    reference = max(scored, key=lambda record: (record.label in marked, record.layer_bpw or 0.0))
-    base = store.result(str(reference.key)).scores()
-    found = []
-    for record in records:
-        mine = (
-            store.result(str(record.key)).scores()
-            if record.status == "ok" and record is not reference
-            else None
-        )
-        if base is None or mine is None:
-            found.append(record)
-            continue
-        pair = paired_difference(mine.logprob, base.logprob, mine.window)
-        against = AgainstReference(
-            label=reference.label,
-            ppl_ratio=pair.ratio,
-            ln_ratio=pair.nll_nats,
-            ln_ratio_stderr=pair.stderr_nats,
-            significant=pair.significant,
-        )
-        found.append(record.model_copy(update={"against_reference": against}))
-    return found
+def _facts(facts: ModelFacts, run: dict[str, Any]) -> ModelFacts:
+    """What was scored, with the path it had then."""
+    path = run.get("model_path")
+    return facts.model_copy(update={"path": path}) if isinstance(path, str) else facts
 
 
-def _described(spec: ModelSpec, data: Data) -> dict[str, Any]:
+def _speed_notes(model: PreparedModel, scores: TokenColumns) -> list[str]:
+    """Speed and memory belong to the options a result was scored with, not to those asked for now."""
+    asked = {k: v for k, v in model.engine.options.items() if k not in model.engine.numeric_options}
+    try:
+        used = json.loads(scores.timing.options) if scores.timing.options else None
+    except ValueError:
+        used = None
+    if used is None:
+        return [] if not asked else ["a stored result, speed and memory of these options were not measured"]
+    was = {
+        name: value
+        for name, value in used.items()
+        if name not in model.engine.numeric_options and name != "divide_work"
+    }
+    if was == asked:
+        return []
+    shown = ", ".join(f"{name} {value}" for name, value in sorted(was.items())) or "default options"
+    return [f"a stored result, scored with {shown}: speed and memory of the options asked for are not known"]
+
+
+def _number(value: Any) -> float | None:
+    """A number of the store's JSON."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _described(spec: ModelSpec, data: PreparedData) -> dict[str, Any]:
     return {
         "metrics_version": METRICS_VERSION,
         "label": spec.plain_label,
@@ -130,7 +146,7 @@ def _described(spec: ModelSpec, data: Data) -> dict[str, Any]:
     }
 
 
-def _bits(model: Prepared) -> dict[str, Any]:
+def _bits(model: PreparedModel) -> dict[str, Any]:
     """Sizes from the headers, or the spec's override_* where those do not tell."""
     spec, storage = model.spec, model.storage
     vram_gb = storage.vram_gb if spec.override_vram_bits is None else spec.override_vram_bits / 8 / 2**30
@@ -143,17 +159,15 @@ def _bits(model: Prepared) -> dict[str, Any]:
     }
 
 
-def _engine_version(model: Prepared) -> str:
+def _engine_version(model: PreparedModel) -> str:
     name, version = next(iter(model.versions.items()))
     return f"{name} {version}"
 
 
-def _count_notes(summary: Summary) -> list[str]:
-    if not summary.tokens_nonfinite:
+def _count_notes(measured: Measured) -> list[str]:
+    if not measured.n_nonfinite:
         return []
-    return [
-        f"{summary.tokens_nonfinite} of {summary.tokens_scored} log-probabilities are not finite and left out"
-    ]
+    return [f"{measured.n_nonfinite} of {measured.n_tokens} log-probabilities are not finite and left out"]
 
 
 def _bos_notes(plan: WindowPlan, facts: StreamFacts) -> list[str]:

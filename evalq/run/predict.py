@@ -4,31 +4,27 @@ The backend predicts, from headers and config alone; a model that cannot fit bec
 predicted figures. Where the estimates leave it open, the engine is started.
 """
 
-from typing import cast
-
 from evalq.backend import LoadRequest, Machine, Prediction
 from evalq.data.windows import WindowPlan
 from evalq.errors import ModelError, SpecError
 from evalq.machine import environment
-from evalq.registry import backend
-from evalq.run.prepare_model import Prepared
+from evalq.run.prepare_model import PreparedModel
 
 
-def predict(model: Prepared, plan: WindowPlan) -> Prediction | None:
+def predict(model: PreparedModel, plan: WindowPlan) -> Prediction | None:
     """What the model's backend expects of this machine; None where it cannot tell."""
-    predictor = getattr(backend(model.engine.load), "predict", None)
-    if predictor is None or model.files.overlay is not None:
+    if model.files.overlay is not None:
         return None
     request = LoadRequest(
         path=model.files.path,
         window_tokens=plan.longest_tokens,
-        targets_per_window=max(window.n_targets for window in plan.windows),
+        targets_per_window=plan.most_targets,
         options=model.engine.options,
         load_fn=model.spec.load_fn,
         adapter=model.adapter,
     )
     try:
-        return cast(Prediction | None, predictor(request, _machine(model)))
+        return model.engine.loader.predict(request, _machine(model))
     except SpecError:  # no planner for this kind of checkpoint
         return None
 
@@ -43,7 +39,7 @@ def require_fit(prediction: Prediction | None) -> None:
         )
 
 
-def _machine(model: Prepared) -> Machine:
+def _machine(model: PreparedModel) -> Machine:
     found = environment()
     gpus = tuple((str(gpu["name"]), float(gpu["memory_gib"])) for gpu in found["gpus"])
     return Machine(gpus, float(found["ram_gib"]), model.versions)

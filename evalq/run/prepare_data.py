@@ -1,14 +1,11 @@
 """A data spec made concrete: its text, its tokens, its windows."""
 
 import contextlib
-import json
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evalq.checkpoint.fingerprint import fingerprint
 from evalq.checkpoint.locate import locate
 from evalq.data.protocols import PROTOCOLS
 from evalq.data.sources import Text, settings_of
@@ -16,18 +13,23 @@ from evalq.data.tokens import TokenStream, cut, read_stream
 from evalq.data.windows import ProtocolSettings, WindowPlan, plan_windows, stream_special_tokens
 from evalq.errors import DataError, ModelError
 from evalq.failures import remedy_of
-from evalq.interpreters import versions
 from evalq.registry import tokenizer_backend
 from evalq.results.metrics import TextScale
 from evalq.results.store import Store, key_of
-from evalq.run.prepare_model import Prepared, tokenizer_files
+from evalq.run.job import TokenizeJob
+from evalq.run.prepare_model import (
+    PreparedModel,
+    Unprepared,
+    tokenizer_files,
+    tokenizer_identity,
+)
 from evalq.run.process import RunSettings, WorkerSettings, run_worker
 from evalq.spec import DataSpec, ModelSpec
 from evalq.spec.config import engine_python
 
 
 @dataclass(frozen=True)
-class Data:
+class PreparedData:
     """A data spec made concrete.
 
     Args:
@@ -52,12 +54,21 @@ class Data:
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Which tokenizer makes the stream."""
+    """Which tokenizer makes the stream.
+
+    Args:
+        backend: that reads it.
+        path: its directory or file.
+        trust_remote_code: whether the checkpoint's own code may run.
+        python: interpreter of the backend, None for this one.
+        depends_on: what the ids depend on beside the text, for the store's key.
+    """
 
     backend: str
     path: Path
     trust_remote_code: bool
     python: str | None
+    depends_on: dict[str, Any]
 
 
 def tokenized(
@@ -67,7 +78,7 @@ def tokenized(
     store: Store,
     settings: RunSettings,
     say: Callable[[str], None],
-) -> Data:
+) -> PreparedData:
     """Tokenize a text, or read its tokens back from the store, and lay the windows over them.
 
     Args:
@@ -82,13 +93,7 @@ def tokenized(
         DataError: the tokenizer fails, or the text is too short for the protocol.
     """
     special = stream_special_tokens(spec.protocol, spec.bos)
-    depends_on = {
-        "backend": chosen.backend,
-        "files": fingerprint(tokenizer_files(chosen.path), store.root / "digests.json").digest,
-        "versions": versions(chosen.backend, chosen.python),
-        "special": special,
-        "chat_template": spec.chat_template,
-    }
+    depends_on = chosen.depends_on | {"special": special, "chat_template": spec.chat_template}
     tokens_file = store.tokens(key_of({"kind": "tokens", "text": text.sha256, "tokenizer": depends_on}))
     whole = read_stream(tokens_file)
     if whole is None:
@@ -100,7 +105,7 @@ def tokenized(
     stream = cut(whole, spec.max_tokens)
     protocol = settings_of(spec, stream.prefix_ids)
     plan = plan_windows(protocol, stream.facts)
-    return Data(
+    return PreparedData(
         spec,
         text,
         stream,
@@ -113,41 +118,50 @@ def tokenized(
 
 
 def choose_tokenizer(
-    spec: DataSpec, specs: list[ModelSpec], models: list[Prepared | ModelError], offline: bool
+    spec: DataSpec, models: Sequence[PreparedModel | Unprepared], store: Store, offline: bool
 ) -> TokenizerChoice:
-    """tokenizer_dir, else the first model's files, were its engine installed or not."""
+    """tokenizer_dir, else the first model's files, were its engine installed or not.
+
+    Raises:
+        DataError: there is none.
+        SpecError: tokenize_fn is no backend with tokenizers.
+    """
     if spec.tokenizer_dir is not None:
         stand_in = ModelSpec(load_fn="hf", model_dir=spec.tokenizer_dir)
         stand_in._base, stand_in._where = spec._base, "data spec tokenizer_dir"
         try:
-            path, trust = locate(stand_in, offline, tokenizer_only=True).path, False
+            path = locate(stand_in, offline, tokenizer_only=True).path
         except ModelError as error:
             raise DataError(error.message, remedy_of(error)) from None
-    else:
-        for model_spec, model in zip(specs, models, strict=True):
-            if isinstance(model, Prepared):
-                path, trust = model.files.path, model_spec.trust_remote_code
-                break
-        else:
-            path, trust = _files_of_failed(specs, models, offline)
-    backend = tokenizer_backend(spec.tokenize_fn, path)
-    return TokenizerChoice(backend, path, trust, engine_python(backend))
-
-
-def _files_of_failed(
-    specs: list[ModelSpec], models: list[Prepared | ModelError], offline: bool
-) -> tuple[Path, bool]:
-    """Files and trust of the first model that has a tokenizer, scored or not. Raises DataError."""
-    for spec in specs:
+        return _chosen(spec, path, False, store)
+    for model in models:
+        if isinstance(model, PreparedModel) and tokenizer_files(model.files.path):
+            return _chosen(spec, model.files.path, model.spec.trust_remote_code, store)
+    for model in models:
         with contextlib.suppress(ModelError):
-            path = locate(spec, offline, tokenizer_only=True).path
+            path = locate(model.spec, offline, tokenizer_only=True).path
             if tokenizer_files(path):
-                return path, spec.trust_remote_code
-    reason = next(str(model) for model in models if isinstance(model, ModelError))
+                return _chosen(spec, path, model.spec.trust_remote_code, store)
+    for model in models:
+        if isinstance(model, Unprepared) and model.remembered is not None:
+            remembered = model.remembered
+            return TokenizerChoice(
+                str(remembered.tokenizer.get("backend")), Path(), False, None, remembered.tokenizer
+            )
+    reasons = [str(model.error) for model in models if isinstance(model, Unprepared)]
     raise DataError(
-        f"no model can be read, so there is no tokenizer: {reason}",
-        "correct the models, or set tokenizer_dir",
+        f"no model has tokenizer files{': ' if reasons else ''}{''.join(reasons[:1])}",
+        "set tokenizer_dir in the data spec to a directory with a tokenizer",
     )
+
+
+def _chosen(spec: DataSpec, path: Path, trust_remote_code: bool, store: Store) -> TokenizerChoice:
+    backend = tokenizer_backend(spec.tokenize_fn, path)
+    depends_on = tokenizer_identity(backend, path, store)
+    if depends_on is None:
+        remedy = "set tokenizer_dir to a directory with a tokenizer"
+        raise DataError(f"{path} holds no tokenizer files", remedy)
+    return TokenizerChoice(backend, path, trust_remote_code, engine_python(backend), depends_on)
 
 
 def _run_tokenizer(
@@ -159,27 +173,27 @@ def _run_tokenizer(
     store: Store,
     settings: RunSettings,
 ) -> None:
-    with tempfile.TemporaryDirectory(dir=store.root, prefix=".text-") as folder:
-        texts_file = Path(folder) / "texts.json"
-        texts_file.write_text(json.dumps(list(text.documents)), encoding="utf-8")
-        job = {
-            "kind": "tokenize",
-            "backend": chosen.backend,
-            "path": str(chosen.path.resolve()),
-            "trust_remote_code": chosen.trust_remote_code,
-            "texts_file": str(texts_file.resolve()),
-            "add_special": special,
-            "chat_template": chat_template,
-            "out": str(tokens_file.resolve()),
-        }
-        log = store.root / "tokenize.log"
-        worker = WorkerSettings(chosen.python, settings.timeout_seconds, settings.offline, log)
-        try:
-            run_worker(job, worker, lambda event: None)
-        except ModelError as error:
-            raise DataError(
-                f"cannot tokenize with {chosen.path}: {error.message}", remedy_of(error)
-            ) from None
+    if not chosen.path.name:
+        raise DataError(
+            "the models' files are gone, and this text was not tokenized while they were there",
+            "set tokenizer_dir in the data spec",
+        )
+    job = TokenizeJob(
+        backend=chosen.backend,
+        path=str(chosen.path.resolve()),
+        trust_remote_code=chosen.trust_remote_code,
+        documents=text.documents,
+        add_special=special,
+        chat_template=chat_template,
+        out=str(tokens_file.resolve()),
+    )
+    worker = WorkerSettings(
+        chosen.python, settings.timeout_seconds, settings.offline, store.root / "tokenize.log"
+    )
+    try:
+        run_worker(job, worker, lambda event: None)
+    except ModelError as error:
+        raise DataError(f"cannot tokenize with {chosen.path}: {error.message}", remedy_of(error)) from None
 
 
 def _comparison(
@@ -198,6 +212,7 @@ def _comparison(
         "warmup_tokens": settings.warmup_tokens,
         "bos": settings.bos,
         "prefix": list(plan.prefix),
+        "plan_sha256": plan.digest,
         "unit": PROTOCOLS[settings.name].unit,
     }
 
@@ -206,7 +221,7 @@ def _scale(
     text: Text, whole: TokenStream, stream: TokenStream, spec: DataSpec, settings: ProtocolSettings
 ) -> TextScale:
     per_token = sum(text.bytes_per_document) / len(whole.ids_N)
-    if PROTOCOLS[settings.name].unit == "token" or len(stream.ids_N) < len(whole.ids_N):
+    if not PROTOCOLS[settings.name].scores_all or len(stream.ids_N) < len(whole.ids_N):
         return TextScale(bytes_per_token=per_token)
     documents = slice(None, settings.max_rows)
     return TextScale(

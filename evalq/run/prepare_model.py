@@ -3,26 +3,58 @@
 From headers alone, so that what cannot work fails in a second instead of after an hour of loading.
 """
 
+import hashlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from evalq.checkpoint.adapter import Adapter, read_adapter, require_features, require_fits
 from evalq.checkpoint.bits import StorageReport
-from evalq.checkpoint.fingerprint import fingerprint
+from evalq.checkpoint.fingerprint import Fingerprint, fingerprint
 from evalq.checkpoint.headers import Checkpoint, open_checkpoint
 from evalq.checkpoint.locate import ModelFiles, locate, locate_adapter
 from evalq.errors import ModelError
+from evalq.files import read_json, write_json
 from evalq.inspect.consistency import require_sound
 from evalq.interpreters import versions
-from evalq.registry import Engine, backend, resolve_engine
-from evalq.results.store import Store
+from evalq.registry import Engine, resolve_engine, tokenizer_backend
+from evalq.results.record import ModelFacts
+from evalq.results.store import Store, key_of
 from evalq.spec import LoraSpec, ModelSpec
-from evalq.spec.config import python_for
+from evalq.spec.config import engine_python, python_for
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Remembered:
+    """What the store knows of a model spec's files from an earlier run.
+
+    Args:
+        identity: the model's part of a result's.
+        tokenizer: what the ids of its tokenizer depend on.
+    """
+
+    identity: dict[str, Any]
+    tokenizer: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unprepared:
+    """A model that cannot be scored, found out before any engine was started.
+
+    Args:
+        spec: as given.
+        error: why not.
+        remembered: of its files, where they are gone and were there once; else None.
+    """
+
+    spec: ModelSpec
+    error: ModelError
+    remembered: Remembered | None = None
+
+
+@dataclass(frozen=True)
+class PreparedModel:
     """A model spec with what its files and environment say.
 
     Args:
@@ -33,7 +65,10 @@ class Prepared:
         files: where the model lies.
         checkpoint: its headers.
         storage: its bits.
+        facts: what a record says of it.
         identity: what the model's part of a result depends on.
+        legacy_identity: the same as evalq 0.1 wrote it.
+        derived: made out of another checkpoint, or with an adapter on top.
         adapter: on top of it, or None.
     """
 
@@ -44,17 +79,27 @@ class Prepared:
     files: ModelFiles
     checkpoint: Checkpoint
     storage: StorageReport
+    facts: ModelFacts
     identity: dict[str, Any]
+    legacy_identity: dict[str, Any]
+    derived: bool = False
     adapter: Adapter | None = None
 
 
-def prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared:
-    """Look a model up, measure it and fingerprint it.
+def prepare(spec: ModelSpec, store: Store, offline: bool) -> PreparedModel | Unprepared:
+    """Look a model up, measure it and fingerprint it. Raises SpecError for what the spec itself has wrong."""
+    try:
+        return _prepare(spec, store, offline)
+    except ModelError as error:
+        remembered = _recall(spec, store) if error.category in _GONE else None
+        return Unprepared(spec, error, remembered)
 
-    Raises:
-        SpecError: the spec names what does not exist.
-        ModelError: this model cannot be scored, with the category.
-    """
+
+# Categories of a model whose files cannot be had; results of an earlier run can still be shown.
+_GONE = ("model_missing", "model_gated", "download_failed")
+
+
+def _prepare(spec: ModelSpec, store: Store, offline: bool) -> PreparedModel:
     engine = resolve_engine(spec)
     python = python_for(spec, engine.load)
     found = _installed_versions(engine, python)
@@ -63,11 +108,11 @@ def prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared:
     notes = require_sound(checkpoint, spec.ignore_findings)
     storage = replace(checkpoint.storage, findings=(*checkpoint.storage.findings, *notes))
     adapter = None if spec.lora is None else _adapter(spec, spec.lora, engine, checkpoint, offline)
-    print_ = fingerprint(checkpoint.files, store.root / "digests.json")
+    print_ = fingerprint(checkpoint.files, store.digests)
     overlay = None
     if files.overlay is not None:
-        overlay = fingerprint(open_checkpoint(files.overlay).files, store.root / "digests.json").digest
-    identity = {
+        overlay = fingerprint(open_checkpoint(files.overlay).files, store.digests).digest
+    legacy = {
         "model_digest": print_.digest,
         "model_files": [list(file) for file in print_.files],
         "model_commit": files.commit,
@@ -79,15 +124,77 @@ def prepare(spec: ModelSpec, store: Store, offline: bool) -> Prepared:
         "trust_remote_code": spec.trust_remote_code,
     }
     if adapter is not None:
-        lora = fingerprint(adapter.files, store.root / "digests.json").digest
-        identity |= {"lora": adapter.name, "lora_digest": lora}
+        lora = fingerprint(adapter.files, store.digests).digest
+        legacy |= {"lora": adapter.name, "lora_digest": lora}
         storage = _with_adapter(storage, adapter)
-    return Prepared(spec, engine, python, found, files, checkpoint, storage, identity, adapter)
+    identity = legacy if checkpoint.kind != "gguf" else legacy | _nameless(print_)
+    tokenizer = tokenizer_identity(tokenizer_backend("auto", files.path), files.path, store)
+    write_json(store.model(_spec_key(spec, engine)), {"identity": identity, "tokenizer": tokenizer or {}})
+    return PreparedModel(
+        spec=spec,
+        engine=engine,
+        python=python,
+        versions=found,
+        files=files,
+        checkpoint=checkpoint,
+        storage=storage,
+        facts=_facts(files, checkpoint),
+        identity=identity,
+        legacy_identity=legacy,
+        derived=adapter is not None,
+        adapter=adapter,
+    )
+
+
+def _nameless(print_: Fingerprint) -> dict[str, Any]:
+    """A GGUF file is the same model under another name; in a directory, names give files their roles."""
+    digest = hashlib.sha256("".join(print_.contents).encode()).hexdigest()
+    return {"model_digest": digest, "model_files": [["gguf", size] for _, size in print_.files]}
+
+
+def _spec_key(spec: ModelSpec, engine: Engine) -> str:
+    """What a model spec names, whatever lies there."""
+    names = {
+        "path": os.path.abspath(spec.local(spec.main_dir)),
+        "model_dir": spec.model_dir,
+        "revision": spec.revision,
+        "lora": None if spec.lora is None else spec.lora.model_dump(),
+        "engine": [engine.load, engine.forward, engine.numeric_options],
+        "trust_remote_code": spec.trust_remote_code,
+    }
+    return key_of(names)
+
+
+def _recall(spec: ModelSpec, store: Store) -> Remembered | None:
+    found = read_json(store.model(_spec_key(spec, resolve_engine(spec))))
+    if not isinstance(found, dict):
+        return None
+    identity, tokenizer = found.get("identity"), found.get("tokenizer")
+    if not isinstance(identity, dict) or not isinstance(tokenizer, dict):
+        return None
+    return Remembered(identity, tokenizer)
+
+
+def _facts(files: ModelFiles, checkpoint: Checkpoint) -> ModelFacts:
+    """What a paper says of a model: where it is from, its architecture and size."""
+    named = checkpoint.config.get("architectures") or [checkpoint.gguf_setting("general.architecture")]
+    architecture = named[0] if isinstance(named, list) else None
+    weights = checkpoint.storage.tensors
+    outside = [tensor.numel for tensor in weights if tensor.kind not in ("embedding", "head")]
+    return ModelFacts(
+        path=str(files.path),
+        hub_name=files.hub_name,
+        commit=files.commit,
+        architecture=architecture if isinstance(architecture, str) else None,
+        parameters=sum(tensor.numel for tensor in weights),
+        parameters_without_embeddings=sum(outside),
+    )
 
 
 def _adapter(spec: ModelSpec, lora: LoraSpec, engine: Engine, base: Checkpoint, offline: bool) -> Adapter:
     """The adapter of a spec. Raises ModelError unless it goes on this engine and this base."""
-    if engine.lora_features is None:
+    features = engine.loader.lora_features
+    if features is None:
         raise ModelError(
             f"{spec.where}.lora: {engine.load} applies no adapters",
             "bad_adapter",
@@ -102,7 +209,7 @@ def _adapter(spec: ModelSpec, lora: LoraSpec, engine: Engine, base: Checkpoint, 
             if base.gguf
             else "name PEFT's directory",
         )
-    require_features(adapter, engine.lora_features, engine.load)
+    require_features(adapter, features, engine.load)
     require_fits(adapter, base.linear_shapes)
     return adapter
 
@@ -122,11 +229,21 @@ def _installed_versions(engine: Engine, python: str | None) -> dict[str, str]:
     if not found:
         where = "" if python is None else f" for {python}"
         message = f'the engine of "{engine.load}" is not installed{where}'
-        raise ModelError(message, "engine_missing", engine.install)
-    remote = getattr(backend(engine.load), "remote_versions", None)
-    if remote is not None:  # what is installed here is a client: the numbers come from elsewhere
-        return cast(dict[str, str], remote(engine.options))
-    return found
+        raise ModelError(message, "engine_missing", engine.loader.install)
+    # Where the engine runs elsewhere, what is installed here is a client.
+    return engine.loader.remote_versions(engine.options) or found
+
+
+def tokenizer_identity(backend_name: str, path: Path, store: Store) -> dict[str, Any] | None:
+    """What a tokenizer's ids depend on beside the text; None where there are no tokenizer files."""
+    files = tokenizer_files(path)
+    if not files:
+        return None
+    return {
+        "backend": backend_name,
+        "files": fingerprint(files, store.digests).digest,
+        "versions": versions(backend_name, engine_python(backend_name)),
+    }
 
 
 def tokenizer_files(path: Path) -> list[Path]:

@@ -16,21 +16,37 @@ from typing import IO, Any
 
 import psutil
 
+from evalq.columns import DEFAULT_COLUMNS
 from evalq.errors import DataError, ModelError, StoreError
 from evalq.failures import from_exit
+from evalq.interpreters import ask
+from evalq.run.job import Job, other_evalq, to_line
+from evalq.version import JOB_VERSION
 
 Event = dict[str, Any]
 LOG_TAIL_BYTES = 20_000
+_LONGEST_WAIT = threading.TIMEOUT_MAX / 2
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How a comparison is carried out; nothing here changes a number."""
+    """How a comparison is carried out; nothing here changes a number.
+
+    Args:
+        offline: never use the network.
+        timeout_seconds: give a model up after that long, None for never.
+        clear_cache: score anew what is stored.
+        try_anyway: start engines that are predicted to run out of memory too.
+        reference: label of the model that the others are compared with; None for the rule.
+        columns: names of the per-token columns wanted; the first one is required.
+    """
 
     offline: bool = False
     timeout_seconds: float | None = None
     clear_cache: bool = False
     try_anyway: bool = False
+    reference: str | None = None
+    columns: tuple[str, ...] = DEFAULT_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -50,33 +66,49 @@ class WorkerSettings:
     log: Path
 
 
-def run_worker(job: dict[str, Any], settings: WorkerSettings, on_event: Callable[[Event], None]) -> None:
+def run_worker(job: Job, settings: WorkerSettings, on_event: Callable[[Event], None]) -> None:
     """Run one job to its end, passing its events on.
 
     Raises:
-        ModelError: the job failed, crashed, was killed or took too long.
+        ModelError: the job failed, crashed, was killed or took too long; or the interpreter's evalq reads
+            other messages.
         DataError: the text or its protocol is at fault, not the model.
         StoreError: the store is.
         KeyboardInterrupt: passed on after the worker was ended.
     """
+    interpreter = ask(settings.python)
+    if interpreter.job_version != JOB_VERSION:
+        what = f"reads messages of version {interpreter.job_version or 0}, this one writes {JOB_VERSION}"
+        raise other_evalq(interpreter.path, what, interpreter.evalq)
+    # A name of its own: another process may be writing the log of the same result.
+    own = settings.log.with_name(f"{settings.log.stem}.{os.getpid()}{settings.log.suffix}")
     try:
-        settings.log.parent.mkdir(parents=True, exist_ok=True)
-        log = settings.log.open("wb")
+        own.parent.mkdir(parents=True, exist_ok=True)
+        log = own.open("w+b")
     except OSError as error:
-        raise StoreError(
-            f"cannot write {settings.log}: {error.strerror}", "name another folder with --store"
-        ) from None
+        message = f"cannot write {own}: {error.strerror}"
+        raise StoreError(message, "name another folder with --store") from None
     with log:
         process = _start(job, settings, log)
         try:
             outcome = _listen(process, settings.timeout_seconds, on_event)
         finally:
             _end(process)
-    if outcome.event is not None:
-        _raise_for(outcome.event)
-    else:
-        tail = settings.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
-        raise from_exit(process.returncode, outcome.stage, tail)
+            with contextlib.suppress(OSError):  # removed with the result by another process
+                if _printed_nothing(own):
+                    own.unlink()
+                else:
+                    os.replace(own, settings.log)
+        if outcome.event is None:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+            tail = log.read().decode(errors="replace")
+            raise from_exit(process.returncode, outcome.stage, tail)
+    _raise_for(outcome.event)
+
+
+def _printed_nothing(log: Path) -> bool:
+    """Whether a worker printed nothing, as one that found everything done by another process."""
+    return log.stat().st_size == 0 and log.with_name(log.name.split(".")[0] + log.suffix).exists()
 
 
 @dataclass
@@ -87,7 +119,7 @@ class _Outcome:
     stage: str
 
 
-def _start(job: dict[str, Any], settings: WorkerSettings, log: IO[bytes]) -> subprocess.Popen[str]:
+def _start(job: Job, settings: WorkerSettings, log: IO[bytes]) -> subprocess.Popen[str]:
     environment = dict(os.environ, TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
     if settings.offline:
         environment["HF_HUB_OFFLINE"] = "1"
@@ -104,7 +136,7 @@ def _start(job: dict[str, Any], settings: WorkerSettings, log: IO[bytes]) -> sub
     )
     assert process.stdin is not None
     try:
-        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.write(to_line(job))
         process.stdin.flush()  # kept open: its end tells the worker that the parent is gone
     except BrokenPipeError:
         pass  # the exit code and the log say why
@@ -126,7 +158,9 @@ def _listen(
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    # Longer than the system can wait is the same as for ever.
+    limit = None if timeout_seconds is None or timeout_seconds > _LONGEST_WAIT else timeout_seconds
+    deadline = None if limit is None else time.monotonic() + limit
     outcome = _Outcome(None, "load")
     while True:
         try:

@@ -1,110 +1,223 @@
-"""The only loop: windows -> backend -> per-token log-probabilities, kept as they come."""
+"""A worker's job: windows -> backend -> per-token columns, kept as they come."""
 
+import json
 import os
-import re
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evalq.backend import Backend, Batch, Ids, LoadedModel, TokenScores
-from evalq.data.tokens import TokenStream
-from evalq.data.windows import WindowPlan
-from evalq.errors import ModelError
-from evalq.results.store import ResultDir
+from evalq.backend import Backend, Batch, LoadedModel, LoadRequest, Scores
+from evalq.checkpoint.adapter import read_adapter
+from evalq.data.tokens import TokenStream, cut, read_stream
+from evalq.data.windows import WindowPlan, plan_windows
+from evalq.errors import ModelError, StoreError
+from evalq.files import write_json
+from evalq.machine import environment
+from evalq.registry import backend
+from evalq.results.store import Held, ResultDir
+from evalq.results.tokens import Part, Timing
+from evalq.run.checks import check_model, check_scores, given_columns
+from evalq.run.job import ScoreJob, other_evalq
+from evalq.run.peak import peak_bytes, reset_peak, resident_bytes
 
 GIB = 2**30
+# Rounds of scoring what cannot be read back; a disk that loses more than that is broken.
+ROUNDS = 3
+Emit = Callable[..., None]
 
 
-def check_positions(max_positions: int | None, plan: WindowPlan) -> None:
-    """Raise ModelError if a window has more inputs than the model has positions.
-
-    The last token of a window is a target only, so T - 1 positions are enough.
-    """
-    inputs = plan.longest_tokens - 1
-    if max_positions is not None and inputs > max_positions:
-        raise ModelError(
-            f"a window has {inputs} tokens, the model has {max_positions} positions",
-            "window_too_long",
-            f"set eval_len to {max_positions} or less in the data spec",
-        )
-
-
-def check_model(model: LoadedModel, stream: TokenStream, plan: WindowPlan) -> None:
-    """Raise ModelError unless this model can be fed this stream: positions, vocabulary, tokenizer."""
-    check_positions(model.max_positions, plan)
-    largest = int(stream.ids_N.max())
-    if largest >= model.vocab_size:
-        raise ModelError(
-            f"the text has token id {largest}, the model's vocabulary has {model.vocab_size}",
-            "tokenizer_mismatch",
-        )
-    if model.tokenize is None:
-        return
-    mine = model.tokenize(stream.probe_text)
-    theirs = list(stream.probe_ids)
-    if mine != theirs:
-        at = next(
-            (i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]),
-            min(len(mine), len(theirs)),
-        )
-        raise ModelError(
-            f"the model's own tokenizer gives other ids than the data spec's from token {at} on: "
-            f"{mine[at : at + 5]} and {theirs[at : at + 5]}",
-            "tokenizer_mismatch",
-        )
-
-
-def score_windows(
-    backend: Backend,
-    model: LoadedModel,
-    plan: WindowPlan,
-    stream_N: Ids,
-    result: ResultDir,
-    emit: Callable[..., None],
-) -> dict[str, Any]:
-    """Score the windows that `result` does not hold yet, keeping each batch as soon as it is there.
-
-    Args:
-        backend: whose forward() is called.
-        model: loaded, checked.
-        plan: the windows.
-        stream_N: token ids, int64 [N].
-        result: where scores go; the caller holds its lock.
-        emit: called with "progress", windows, tokens and seconds (of this session) after each batch.
-
-    Returns:
-        How it was carried out: device, dtype, batch_windows, notes, memory in GiB.
+def score(job: ScoreJob, emit: Emit) -> None:
+    """Score every window of a plan that the store does not hold yet.
 
     Raises:
-        ModelError: the backend returned something else than it should.
-        StoreError: scores could not be kept.
+        ModelError: the model cannot be scored.
+        StoreError: scores cannot be kept or read back.
     """
-    kept = result.parts()
-    done = set(kept.window.tolist())
-    left = [[index for index in batch if index not in done] for batch in plan.batches(model.batch_windows)]
-    left = [batch for batch in left if batch]
-    prefix = np.asarray(plan.prefix, np.int64)
-    n_windows, n_tokens = len(done), len(kept.logprob)
-    n_scored, seconds = 0, 0.0
-    memory_after_load = _resident_bytes()
-    _reset_peak()
-    emit("progress", windows=n_windows, of=len(plan.windows), tokens=n_tokens, scored=0, seconds=0.0)
-    batches = (_batch(plan, window_ids, stream_N, prefix) for window_ids in left)
-    for window_ids, (batch, scores, took) in zip(left, _timed(backend, model, batches), strict=True):
-        wanted = (len(window_ids), batch.ids_BT.shape[1] - 1 - batch.start)
-        if scores.logprob.shape != wanted or scores.top1.shape != wanted:
-            raise ModelError(
-                f"the backend returned {scores.logprob.shape} log-probabilities, not {wanted}", "engine_error"
-            )
-        result.write_part(window_ids, scores.logprob, scores.top1, took)
-        n_windows, n_tokens = n_windows + len(window_ids), n_tokens + scores.logprob.size
-        n_scored, seconds = n_scored + scores.logprob.size, seconds + took
-        progress = {"windows": n_windows, "of": len(plan.windows), "tokens": n_tokens}
-        emit("progress", **progress, scored=n_scored, seconds=seconds)
-    peak = model.peak_memory_bytes() if model.peak_memory_bytes else _peak_bytes()
+    result = ResultDir(Path(job.result_dir))
+    with result.lock(on_wait=lambda: emit("waiting")):
+        stream = _stream(job)
+        plan = plan_windows(job.settings, stream.facts)
+        if plan.digest != job.plan_digest:
+            raise other_evalq(sys.executable, "cuts other windows out of the same text")
+        if result.answers(plan, job.columns):
+            return
+        write_json(result.path / "identity.json", job.identity)
+        _require_same_engine(job)
+        emit("loading")
+        loader, scorer = backend(job.load), backend(job.forward)
+        started = time.perf_counter()
+        model = _load(job, loader, stream, plan)
+        load_seconds = time.perf_counter() - started
+        check_model(model, stream, plan)
+        emit("loaded", seconds=load_seconds, device=model.device)
+        columns = given_columns(scorer, model, job.columns)
+        memory_after_load = resident_bytes()
+        reset_peak()
+        work = _Work(result, scorer, model, plan, stream, columns, _options_text(job))
+        held = work.carry_out(emit)
+        _require_same_engine(job)
+        run = _described(job, model, memory_after_load) | {"load_seconds": load_seconds}
+        given = set(held.complete)
+        run["columns_not_given"] = [name for name in job.columns if name not in given]
+        result.finish(held, run)
+        loader.close(model)
+
+
+def _stream(job: ScoreJob) -> TokenStream:
+    stream = read_stream(Path(job.tokens_file))
+    if stream is None:
+        raise StoreError(f"cannot read the tokens {job.tokens_file}", "run again")
+    return cut(stream, job.max_tokens)
+
+
+def _load(job: ScoreJob, loader: Backend, stream: TokenStream, plan: WindowPlan) -> LoadedModel:
+    request = LoadRequest(
+        path=Path(job.path),
+        window_tokens=plan.longest_tokens,
+        targets_per_window=plan.most_targets,
+        options=job.options,
+        trust_remote_code=job.trust_remote_code,
+        overlay=Path(job.overlay) if job.overlay else None,
+        load_fn=job.load_fn,
+        n_windows=len(plan.windows),
+        n_targets=plan.n_targets,
+        token_ids_max=int(stream.ids_N.max()),
+        adapter=read_adapter(Path(job.lora.path), job.lora.name) if job.lora else None,
+        divide_work=job.divide_work,
+        columns=job.columns,
+    )
+    model = loader.load(request)
+    if request.divide_work > 1:
+        model.batch_windows = max(1, model.batch_windows // request.divide_work)
+        model.notes.append("ran out of memory at first; scored with half as much at once")
+    return model
+
+
+def _require_same_engine(job: ScoreJob) -> None:
+    """Raise ModelError when an engine elsewhere is no longer the one in the result's identity.
+
+    Asked before and after: windows in between came from this engine.
+    """
+    now = backend(job.load).remote_versions(job.options)
+    if now is not None and now != job.versions:
+        changed = sorted(
+            key for key in now.keys() | job.versions.keys() if now.get(key) != job.versions.get(key)
+        )
+        ResultDir(Path(job.result_dir)).drop_parts()
+        raise ModelError(
+            f"the server has changed since the comparison began: {', '.join(changed)}",
+            "engine_error",
+            "run again: it is scored as the server it is now",
+        )
+
+
+def _options_text(job: ScoreJob) -> str:
+    options = job.options | ({"divide_work": job.divide_work} if job.divide_work > 1 else {})
+    return json.dumps(options, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything that scoring needs.
+
+    Args:
+        result: where scores go; the caller holds its lock.
+        backend: whose score() is called.
+        model: loaded, checked.
+        plan: the windows.
+        stream: the tokens.
+        columns: names of the columns that are to be complete.
+        options: of the engine, for the timing.
+    """
+
+    result: ResultDir
+    backend: Backend
+    model: LoadedModel
+    plan: WindowPlan
+    stream: TokenStream
+    columns: tuple[str, ...]
+    options: str
+
+    def carry_out(self, emit: Emit) -> Held:
+        """Score what is missing until it can be read back from the disk.
+
+        Raises:
+            ModelError: the backend returned something else than it should.
+            StoreError: scores could not be kept, or not be read back.
+        """
+        for _ in range(ROUNDS):
+            held = self.result.held(self.plan)
+            missing = held.missing(self.columns)
+            if not missing:
+                return held
+            self._round(missing, emit)
+        held = self.result.held(self.plan)
+        lost = held.missing(self.columns)
+        if lost:
+            message = f"{len(lost)} windows that were written to {self.result.path} cannot be read back"
+            raise StoreError(message, "check the disk, or name another folder with --store")
+        return held
+
+    def _round(self, missing: dict[int, tuple[str, ...]], emit: Emit) -> None:
+        """Score the missing windows, each batch for the columns that it lacks."""
+        batches = self._batches(missing)
+        there = len(self.plan.windows) - len(missing)
+        of = len(self.plan.windows)
+        emit("progress", windows=there, of=of, tokens=0, scored=0, seconds=0.0)
+        if self.model.warm_up and batches:
+            next(iter(self.backend.score(self.model, [batches[0][1]])), None)
+        scored, seconds = 0, 0.0
+        declared = {column.name: column for column in self.backend.columns}
+        for windows, batch, scores, took in self._timed(batches):
+            kept = check_scores(scores, batch, declared)
+            tokens = int(np.prod(batch.shape))
+            part = Part(windows, kept, Timing(took, tokens, self.options))
+            self.result.write_part(part, self.plan)
+            there, scored, seconds = there + len(windows), scored + tokens, seconds + took
+            emit("progress", windows=there, of=of, tokens=scored, scored=scored, seconds=seconds)
+
+    def _batches(self, missing: dict[int, tuple[str, ...]]) -> list[tuple[tuple[int, ...], Batch]]:
+        """Window indices and batches, those of an unbroken run as they would have been."""
+        prefix = np.asarray(self.plan.prefix, np.int64)
+        found = []
+        for group in self.plan.batches(self.model.batch_windows):
+            by_columns: dict[tuple[str, ...], list[int]] = {}
+            for index in group:
+                if index in missing:
+                    by_columns.setdefault(missing[index], []).append(index)
+            for columns, indices in by_columns.items():
+                windows = [self.plan.windows[index] for index in indices]
+                ids_BT = np.stack([window.ids(self.stream.ids_N, prefix) for window in windows])
+                first = windows[0].first_target(len(prefix))
+                found.append((tuple(indices), Batch(ids_BT, first, columns)))
+        return found
+
+    def _timed(
+        self, batches: Sequence[tuple[tuple[int, ...], Batch]]
+    ) -> Iterator[tuple[tuple[int, ...], Batch, Scores, float]]:
+        """Each batch with its scores and the seconds that the engine took for them."""
+        results = self.backend.score(self.model, (batch for _, batch in batches))
+        for windows, batch in batches:
+            began, once = time.perf_counter(), self.model.setup_seconds
+            try:
+                scores = next(results)
+            except StopIteration:
+                raise ModelError(
+                    "the backend returned fewer batches than it was given", "engine_error"
+                ) from None
+            took = time.perf_counter() - began - (self.model.setup_seconds - once)
+            yield windows, batch, scores, max(0.0, took)
+
+
+def _described(job: ScoreJob, model: LoadedModel, memory_after_load: int) -> dict[str, Any]:
+    """How the work was carried out, for the record. Memory in GiB."""
+    peak = model.peak_memory_bytes() if model.peak_memory_bytes else peak_bytes()
     return {
         "device": model.device,
         "dtype": model.dtype,
@@ -114,58 +227,16 @@ def score_windows(
         "memory": model.memory,
         "memory_after_load_gib": memory_after_load / GIB,
         "peak_memory_gib": peak / GIB if peak else None,
-        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "threads": model.versions.get("threads") or os.environ.get("OMP_NUM_THREADS"),
+        "options": job.options,
+        "environment": environment(),
+        "interpreter": {"path": sys.executable, "python": sys.version.split()[0], "packages": _packages(job)},
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _batch(plan: WindowPlan, window_ids: list[int], stream_N: Ids, prefix: Ids) -> Batch:
-    windows = [plan.windows[index] for index in window_ids]
-    ids_BT = np.stack([window.ids(stream_N, prefix) for window in windows])
-    return Batch(ids_BT, windows[0].first_target(len(prefix)) - 1)
+def _packages(job: ScoreJob) -> dict[str, str]:
+    """Versions of the engine's distributions in this interpreter."""
+    from evalq.interpreters import versions
 
-
-def _timed(
-    backend: Backend, model: LoadedModel, batches: Iterator[Batch]
-) -> Iterator[tuple[Batch, TokenScores, float]]:
-    """Each batch with its scores and the seconds the engine took for them."""
-    many = getattr(backend, "forward_many", None)
-    if many is None:
-        for batch in batches:
-            began = time.perf_counter()
-            scores = backend.forward(model, batch.ids_BT, batch.start)
-            yield batch, scores, time.perf_counter() - began
-        return
-    everything = list(batches)
-    results = many(model, everything)
-    for batch in everything:
-        began = time.perf_counter()
-        scores = next(results)
-        yield batch, scores, time.perf_counter() - began
-
-
-def _resident_bytes() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def _reset_peak() -> None:
-    """Linux only; elsewhere the peak covers loading too."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak_bytes() -> int:
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        found = None
-    if found:
-        return int(found.group(1)) * 1024
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return versions(job.load)

@@ -1,0 +1,36 @@
+"""Per-token outputs: what an engine can say about each scored token, by name.
+
+A column is declared once, here or in a backend of your own. An engine lists the columns it can give, a metric
+lists those it needs, the store keeps whatever came. Nothing in between knows a column by name.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Column:
+    """One value for each scored token.
+
+    Args:
+        name: in the store, in batches and in metrics.
+        dtype: numpy's name of what is stored, "float32" or "bool".
+        help: one line: what the value is, and its unit.
+        needs: names of the inputs that a batch must carry for it (`Batch.inputs`).
+        bound: the column that a model gives instead where it knows a lower bound only; it is another
+            quantity with a name of its own, so the two are never mixed.
+    """
+
+    name: str
+    dtype: str
+    help: str
+    needs: tuple[str, ...] = ()
+    bound: str | None = None
+
+
+LOGPROB = Column("logprob", "float32", "ln P(token | everything before it in its window), nats")
+TOP1_BOUND = Column("top1_bound", "bool", "whether the token is known to be the most probable one")
+TOP1 = Column("top1", "bool", "whether the token is the most probable one", bound=TOP1_BOUND.name)
+ENTROPY = Column("entropy", "float32", "entropy of the model's distribution for the token, nats")
+
+# What every comparison asks for; metrics that need more ask for more.
+DEFAULT_COLUMNS = (LOGPROB.name, TOP1.name)

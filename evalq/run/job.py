@@ -1,0 +1,136 @@
+"""The message from the command line to a worker: one JSON line, typed and versioned.
+
+The worker may belong to another installation of evalq. What both must agree on is this message and the
+windows, so the message names its version and the digest of the windows, and a worker that differs refuses the
+job. A version of evalq that differs in nothing else is welcome.
+"""
+
+import json
+import shlex
+import sys
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from evalq.data.windows import ProtocolSettings
+from evalq.errors import ModelError
+from evalq.version import JOB_VERSION, __version__
+
+
+class _Job(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    job_version: int = JOB_VERSION
+
+
+class TokenizeJob(_Job):
+    """Tokenize a text with a backend's tokenizer and keep the stream.
+
+    Args:
+        backend: canonical name.
+        path: of the tokenizer's directory or file.
+        trust_remote_code: whether the checkpoint's own code may run.
+        documents: the text.
+        add_special: whether the tokenizer adds its special tokens.
+        chat_template: whether an empty chat goes before every window.
+        out: file for the stream.
+    """
+
+    kind: Literal["tokenize"] = "tokenize"
+    backend: str
+    path: str
+    trust_remote_code: bool
+    documents: tuple[str, ...]
+    add_special: bool
+    chat_template: bool
+    out: str
+
+
+class LoraJob(BaseModel):
+    """An adapter to put on the model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    name: str
+
+
+class ScoreJob(_Job):
+    """Score the windows of a plan that the store does not hold yet.
+
+    Args:
+        load, forward: canonical names of the backends that load and score.
+        load_fn: the name the spec used.
+        path: of the model.
+        overlay: of the tensors put over it, or None.
+        options: for the engine, checked.
+        trust_remote_code: whether the checkpoint's own code may run.
+        versions: what the result's identity says of an engine that runs elsewhere; {} for one that runs here.
+        tokens_file: the stream.
+        max_tokens: only its first ones; None for all.
+        settings: the protocol's.
+        plan_digest: of the windows that they must give.
+        columns: names of the per-token columns wanted.
+        result_dir: where scores go.
+        identity: of the result, kept beside them.
+        lora: adapter, or None.
+        divide_work: by how much to divide what is computed at once.
+    """
+
+    kind: Literal["score"] = "score"
+    load: str
+    forward: str
+    load_fn: str
+    path: str
+    overlay: str | None = None
+    options: dict[str, Any]
+    trust_remote_code: bool
+    versions: dict[str, str] = {}
+    tokens_file: str
+    max_tokens: int | None
+    settings: ProtocolSettings
+    plan_digest: str
+    columns: tuple[str, ...]
+    result_dir: str
+    identity: dict[str, Any]
+    lora: LoraJob | None = None
+    divide_work: int = 1
+
+
+Job = TokenizeJob | ScoreJob
+_JOBS: TypeAdapter[Job] = TypeAdapter(Job)
+
+
+def to_line(job: Job) -> str:
+    """A job as the line that a worker reads."""
+    return job.model_dump_json() + "\n"
+
+
+def from_line(line: str) -> Job:
+    """The job of a line.
+
+    Raises:
+        ModelError: engine_missing, when the line is a message of another version.
+    """
+    try:
+        raw = json.loads(line)
+        version = raw.get("job_version") if isinstance(raw, dict) else None
+    except ValueError:
+        version = None
+    if version != JOB_VERSION:
+        raise other_evalq(sys.executable, f"reads messages of version {JOB_VERSION}, not {version}")
+    try:
+        return _JOBS.validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise other_evalq(sys.executable, f"cannot read the message: {place}: {first['msg']}") from None
+
+
+def other_evalq(python: str, what: str, version: str = __version__) -> ModelError:
+    """The error for an interpreter whose evalq differs in what both sides must share."""
+    return ModelError(
+        f"the evalq {version} of {python} {what}",
+        "engine_missing",
+        f"install there the evalq that runs this command: {shlex.quote(python)} -m pip install -U evalq",
+    )

@@ -1,0 +1,94 @@
+"""A worker's job: text -> token stream."""
+
+import contextlib
+import faulthandler
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+
+from evalq.backend import Tokenizer
+from evalq.data.tokens import PROBE_CHARACTERS, PROBE_EXTRA, write_stream
+from evalq.data.windows import StreamFacts
+from evalq.errors import ModelError
+from evalq.registry import backend
+from evalq.run.job import TokenizeJob
+
+# A chat template is a program of the checkpoint. An honest one takes milliseconds.
+TEMPLATE_SECONDS = 10
+
+
+def tokenize(job: TokenizeJob, emit: Callable[..., None]) -> None:
+    """Tokenize a text with a backend's tokenizer and keep the stream.
+
+    Raises:
+        ModelError: there is no such tokenizer, or its chat template does not end or cannot be rendered.
+        StoreError: the stream cannot be kept.
+    """
+    tokenizer = backend(job.backend).load_tokenizer(Path(job.path), job.trust_remote_code)
+    emit("loaded")
+    ids: list[int] = []
+    ends: list[int] = []
+    for document in job.documents:
+        ids += tokenizer.encode(document, job.add_special)
+        ends.append(len(ids))
+    prefix: list[int] = []
+    if job.chat_template:
+        emit("rendering", seconds=TEMPLATE_SECONDS)
+        with _time_limit(TEMPLATE_SECONDS):
+            prefix = tokenizer.chat_prefix()
+    probe_text = job.documents[0][:PROBE_CHARACTERS] + PROBE_EXTRA
+    described = {
+        "facts": asdict(_facts(tokenizer, ids, ends)),
+        "probe_text": probe_text,
+        "probe_ids": tokenizer.encode(probe_text, False),
+        "prefix_ids": prefix,
+    }
+    write_stream(Path(job.out), np.asarray(ids, np.int64), described)
+
+
+def _facts(tokenizer: Tokenizer, ids: list[int], ends: list[int]) -> StreamFacts:
+    return StreamFacts(
+        n_tokens=len(ids),
+        document_ends=tuple(ends) if len(ends) > 1 else (),
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        adds_bos=tokenizer.adds_bos,
+    )
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    """Raise ModelError in what takes longer; where Python cannot be interrupted, end the process.
+
+    The second limit is a thread of faulthandler's, in C: it needs no lock of Python's.
+    """
+
+    def expired(number: int, frame: FrameType | None) -> None:
+        raise _Expired
+
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    faulthandler.dump_traceback_later(2 * seconds, exit=True)
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _Expired:
+        message = f"the chat template took longer than {seconds} s"
+        remedy = 'set "chat_template" to false in the data spec'
+        raise ModelError(message, "timeout", remedy) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+
+
+class _Expired(BaseException):
+    """Not an Exception: whoever tries several templates would catch it and go on."""
