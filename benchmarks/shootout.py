@@ -23,8 +23,8 @@ from pydantic import ValidationError
 from evalq.files import read_json, write_atomic
 from evalq.plots import scatter
 from evalq.results.record import ResultRecord, require_comparable
+from evalq.results.reference import Candidate, choose, with_reference
 from evalq.results.store import Store
-from evalq.run.outcome import with_reference
 from evalq.show import table
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +141,8 @@ def merged(stores: Sequence[Path]) -> list[ResultRecord]:
                     (together.root / "results" / result.path.name).symlink_to(result.path)
         records = [found[label] for label in SHOWN if label in found]
         require_comparable(records)
-        return with_reference(records, [], together)
+        reference = choose([Candidate(record.label, record.layer_bpw) for record in records])
+        return with_reference(records, reference, lambda record: together.result(str(record.key)).scores())
 
 
 def relabelled(record: ResultRecord) -> ResultRecord:

@@ -83,15 +83,19 @@ def peer(model_dir: Path, ids: np.ndarray, out: Path) -> dict[str, Any]:
 
 def ours(model_dir: Path, ids: np.ndarray, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The backend of evalq. Its CUDA graph is recorded in the first pass and kept, like engine caches."""
-    from evalq.backends import exl3
+    from evalq.backends.exl3 import Exl3Backend
 
+    backend = Exl3Backend()
     windows = windows_WT(ids)
-    model = exl3.load(LoadRequest(model_dir, EVAL_LEN, EVAL_LEN - 1, options, n_windows=WINDOWS))
+    request = LoadRequest(
+        model_dir, EVAL_LEN, EVAL_LEN - 1, options, n_windows=WINDOWS, n_targets=windows[:, 1:].size
+    )
+    model = backend.load(request)
     loaded, size = allocated_bytes(), model.batch_windows
-    batches = [Batch(windows[i : i + size], 0) for i in range(0, len(windows), size)]
+    batches = [Batch(windows[i : i + size], 1) for i in range(0, len(windows), size)]
 
     def one_pass() -> np.ndarray:
-        return np.concatenate([scores.logprob for scores in exl3.forward_many(model, batches)])
+        return np.concatenate([scores["logprob"] for scores in backend.score(model, batches)])
 
     result = measured(one_pass, windows.shape[0] * (EVAL_LEN - 1), loaded, TIMED_PASSES)
     np.save(out.with_suffix(".npy"), one_pass())

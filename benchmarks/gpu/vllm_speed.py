@@ -19,6 +19,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,15 @@ SIDES: dict[str, dict[str, Any]] = {
 
 def evalq_side(model_dir: str, windows: np.ndarray, settings: dict[str, Any]) -> tuple[Any, Any]:
     """The backend, all windows given at once."""
-    from evalq.backends import vllm
+    from evalq.backends.vllm import VllmBackend
 
-    request = LoadRequest(Path(model_dir), EVAL_LEN, EVAL_LEN - 1, settings, n_windows=len(windows))
-    model = vllm.load(request)
-    batches = [Batch(ids[None], 0) for ids in windows]
+    backend = VllmBackend()
+    request = LoadRequest(Path(model_dir), EVAL_LEN, EVAL_LEN - 1, settings)
+    model = backend.load(replace(request, n_windows=len(windows), n_targets=windows[:, 1:].size))
+    batches = [Batch(ids[None], 1) for ids in windows]
 
     def one_pass() -> np.ndarray:
-        return np.concatenate([scores.logprob for scores in vllm.forward_many(model, batches)])
+        return np.concatenate([scores["logprob"] for scores in backend.score(model, batches)])
 
     return model.handle.llm, one_pass
 
