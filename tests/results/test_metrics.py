@@ -9,14 +9,40 @@ from hypothesis import strategies as st
 
 from evalq.errors import ModelError
 from evalq.failures import CATEGORIES
-from evalq.results.metrics import Summary, TextScale, clustered_stderr, paired_difference, summarize
+from evalq.results.metrics import METRICS, Estimate, Measured, Metric, TextScale, columns_of, compute
+from evalq.results.paired import Pair, compare
+from evalq.results.record import AgainstReference, ResultRecord
+from evalq.results.statistics import clustered_stderr
 
 
-def summary(logprob, window_of=None, *, overlapping: bool = False, top1=None, **scale) -> Summary:
+def measured(logprob, window_of=None, *, overlapping: bool = False, top1=None, **scale) -> Measured:
     logprob = np.asarray(logprob, np.float32)
     window_of = np.arange(logprob.size) // 4 if window_of is None else np.asarray(window_of)
     top1 = np.zeros(logprob.size, bool) if top1 is None else np.asarray(top1, bool)
-    return summarize(logprob, top1, window_of, overlapping, scale=TextScale(**scale))
+    return Measured({"logprob": logprob, "top1": top1}, window_of, overlapping, TextScale(**scale))
+
+
+def summary(logprob, window_of=None, **more) -> ResultRecord:
+    """The metrics as a record has them."""
+    found = measured(logprob, window_of, **more)
+    return ResultRecord(
+        metrics_version=1,
+        label="x",
+        group="x",
+        status="ok",
+        metrics=compute(found),
+        tokens_scored=found.n_tokens,
+        tokens_nonfinite=found.n_nonfinite,
+        engine="fake",
+        protocol="gptq",
+        comparison={},
+        identity={},
+    )
+
+
+def paired_difference(a, b, window_of) -> AgainstReference:
+    pair = Pair({"logprob": np.asarray(a)}, {"logprob": np.asarray(b)}, np.asarray(window_of))
+    return AgainstReference(label="b", metrics=compare(pair))
 
 
 def cr1_by_loop(x, window_of) -> float:
@@ -45,51 +71,57 @@ def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(vocab_size):
     result = summary(np.full(40, -math.log(vocab_size)))
     assert result.ppl == pytest.approx(vocab_size, rel=1e-5)
     assert result.ppl_stderr == pytest.approx(0, abs=1e-9)
-    assert result.nll_nats == pytest.approx(math.log(vocab_size), rel=1e-6)
+    assert result.value("nll_nats") == pytest.approx(math.log(vocab_size), rel=1e-6)
 
 
 def test_a_model_that_knows_every_token_has_perplexity_one():
     result = summary(np.zeros(12), top1=np.ones(12), bytes_per_token=4.0)
-    assert (result.ppl, result.ppl_stderr, result.nll_nats) == (1.0, 0.0, 0.0)
-    assert (result.bits_per_byte, result.byte_ppl, result.top1) == (0.0, 1.0, 1.0)
+    assert (result.ppl, result.ppl_stderr, result.value("nll_nats")) == (1.0, 0.0, 0.0)
+    assert (result.value("bits_per_byte"), result.value("byte_ppl"), result.value("top1")) == (0.0, 1.0, 1.0)
 
 
 def test_a_fair_coin_per_bit_is_one_bit_per_bit():
     """A uniform model over 256 one-byte tokens spends 8 bits on a byte."""
     result = summary(np.full(30, -math.log(256)), bytes_per_token=1.0)
-    assert result.bits_per_byte == pytest.approx(8, rel=1e-6)
-    assert result.byte_ppl == pytest.approx(256, rel=1e-5)
+    assert result.value("bits_per_byte") == pytest.approx(8, rel=1e-6)
+    assert result.value("byte_ppl") == pytest.approx(256, rel=1e-5)
 
 
 def test_top1_and_counts():
     result = summary(-np.ones(10), top1=[1, 1, 1, 0, 0, 0, 0, 0, 0, 0])
-    assert (result.top1, result.tokens_scored, result.tokens_nonfinite, result.windows) == (0.3, 10, 0, 3)
+    assert (result.value("top1"), result.tokens_scored, result.tokens_nonfinite) == (0.3, 10, 0)
 
 
 def test_whole_text_totals_give_lm_evals_three_numbers():
     logprob = np.array([-1.5, -2.5, -0.25, -3.0], np.float32)
     result = summary(logprob, n_bytes=20, n_words=3)
-    assert result.word_ppl == pytest.approx(math.exp(7.25 / 3))
-    assert result.byte_ppl == pytest.approx(math.exp(7.25 / 20))
-    assert result.bits_per_byte == pytest.approx(7.25 / (20 * math.log(2)))
-    assert result.byte_ppl == pytest.approx(2**result.bits_per_byte)
+    assert result.value("word_ppl") == pytest.approx(math.exp(7.25 / 3))
+    assert result.value("byte_ppl") == pytest.approx(math.exp(7.25 / 20))
+    assert result.value("bits_per_byte") == pytest.approx(7.25 / (20 * math.log(2)))
+    assert result.value("byte_ppl") == pytest.approx(2 ** result.value("bits_per_byte"))
 
 
 def test_without_a_scale_there_is_nothing_per_byte_or_word():
     result = summary(-np.ones(8))
-    assert result.bits_per_byte is None and result.byte_ppl is None and result.word_ppl is None
+    assert (
+        result.value("bits_per_byte") is None
+        and result.value("byte_ppl") is None
+        and result.value("word_ppl") is None
+    )
 
 
 def test_a_partly_scored_text_uses_bytes_per_token():
-    assert summary(np.full(8, -3.0), bytes_per_token=4.5).bits_per_byte == pytest.approx(
+    assert summary(np.full(8, -3.0), bytes_per_token=4.5).value("bits_per_byte") == pytest.approx(
         3 / 4.5 / math.log(2)
     )
-    assert summary(np.full(8, -3.0), bytes_per_token=4.5).word_ppl is None
+    assert summary(np.full(8, -3.0), bytes_per_token=4.5).value("word_ppl") is None
 
 
 def test_a_perplexity_beyond_float64_is_infinite_not_a_crash():
     result = summary([-700.0, -800.0, -900.0, -1000.0], [0, 0, 1, 1], n_words=1)
-    assert result.ppl == math.inf and result.word_ppl == math.inf and result.nll_nats == 850.0
+    assert (
+        result.ppl == math.inf and result.value("word_ppl") == math.inf and result.value("nll_nats") == 850.0
+    )
 
 
 # --- the error bar ----------------------------------------------------------------------------------------
@@ -154,12 +186,12 @@ def test_the_error_bar_covers_the_truth_about_as_often_as_it_should():
 @pytest.mark.parametrize("window_of", [[0, 0, 0], [5, 5, 5]])
 def test_one_window_has_no_error_bar(window_of):
     assert summary([-1, -2, -3], window_of).ppl_stderr is None
-    assert paired_difference(-np.ones(3), -np.ones(3), np.array(window_of)).stderr_nats is None
+    assert paired_difference(-np.ones(3), -np.ones(3), np.array(window_of)).ln_ratio_stderr is None
 
 
 def test_overlap_is_passed_on():
-    assert summary(-np.ones(8), overlapping=True).stderr_is_lower_bound
-    assert not summary(-np.ones(8)).stderr_is_lower_bound
+    assert summary(-np.ones(8), overlapping=True).ppl_stderr_is_lower_bound
+    assert not summary(-np.ones(8)).ppl_stderr_is_lower_bound
 
 
 # --- precision --------------------------------------------------------------------------------------------
@@ -172,8 +204,8 @@ def test_ten_million_float32_tokens_keep_their_digits():
     logprob[:1000] = -20.0
     exact = ((n - 1000) * 0.0009765625 + 1000 * 20) / n
     result = summary(logprob, np.arange(n) // 2048)
-    assert result.nll_nats == pytest.approx(exact, rel=1e-12)
-    assert result.windows == -(-n // 2048)
+    assert result.value("nll_nats") == pytest.approx(exact, rel=1e-12)
+    assert result.tokens_scored == n
 
 
 # --- what is not finite -----------------------------------------------------------------------------------
@@ -187,9 +219,9 @@ def test_a_few_non_finite_tokens_are_counted_and_in_no_mean(broken):
     top1[[17, 20]] = True
     result = summary(logprob, top1=top1, n_words=500)
     assert (result.tokens_scored, result.tokens_nonfinite) == (1000, 2)
-    assert result.nll_nats == 2.0 and result.ppl == math.exp(2)
-    assert result.top1 == pytest.approx(1 / 998)
-    assert result.word_ppl == pytest.approx(math.exp(4)), "the missing tokens count as average ones"
+    assert result.value("nll_nats") == 2.0 and result.ppl == math.exp(2)
+    assert result.value("top1") == pytest.approx(1 / 998)
+    assert result.value("word_ppl") == pytest.approx(math.exp(4)), "the missing tokens count as average ones"
 
 
 def test_one_percent_is_the_limit():
@@ -214,7 +246,7 @@ def test_nothing_finite_is_a_failed_model(logprob):
 def test_a_window_without_a_finite_token_is_no_window():
     logprob = np.full(400, -2.0)
     logprob[:4] = math.nan
-    assert summary(logprob).windows == 99
+    assert summary(logprob).ppl_stderr == summary(logprob[4:]).ppl_stderr
 
 
 # --- two models -------------------------------------------------------------------------------------------
@@ -233,18 +265,18 @@ def test_the_difference_is_the_log_ratio_of_the_perplexities():
     a, b, window_of = correlated_pair(0.05)
     difference = paired_difference(a, b, window_of)
     ratio = summary(a, window_of).ppl / summary(b, window_of).ppl
-    assert difference.ratio == pytest.approx(ratio, rel=1e-9)
-    assert difference.nll_nats == pytest.approx(math.log(ratio), rel=1e-9)
-    assert difference.nll_nats > 0 and difference.tokens == 4000
+    assert difference.ppl_ratio == pytest.approx(ratio, rel=1e-9)
+    assert difference.ln_ratio == pytest.approx(math.log(ratio), rel=1e-9)
+    assert difference.ln_ratio > 0
 
 
 def test_pairing_sees_what_two_error_bars_cannot():
     a, b, window_of = correlated_pair(0.05)
     difference = paired_difference(a, b, window_of)
     alone = [summary(x, window_of).ppl_stderr / summary(x, window_of).ppl for x in (a, b)]
-    assert difference.stderr_nats < 0.2 * math.hypot(*alone)
+    assert difference.ln_ratio_stderr < 0.2 * math.hypot(*alone)
     assert difference.significant
-    assert abs(difference.nll_nats) < 2 * math.hypot(*alone)
+    assert abs(difference.ln_ratio) < 2 * math.hypot(*alone)
 
 
 @given(clustered(), clustered())
@@ -252,14 +284,14 @@ def test_swapping_the_models_flips_the_sign_only(first, second):
     n = min(len(first[0]), len(second[0]))
     a, b, window_of = np.float32(first[0][:n]), np.float32(second[0][:n]), np.array(first[1][:n])
     there, back = paired_difference(-a, -b, window_of), paired_difference(-b, -a, window_of)
-    assert there.nll_nats == -back.nll_nats and there.stderr_nats == back.stderr_nats
+    assert there.ln_ratio == -back.ln_ratio and there.ln_ratio_stderr == back.ln_ratio_stderr
     assert there.significant == back.significant
 
 
 def test_a_model_does_not_differ_from_itself():
     a, _, window_of = correlated_pair(0.0)
     same = paired_difference(a, a, window_of)
-    assert (same.nll_nats, same.stderr_nats, same.ratio, same.significant) == (0.0, 0.0, 1.0, False)
+    assert (same.ln_ratio, same.ln_ratio_stderr, same.ppl_ratio, same.significant) == (0.0, 0.0, 1.0, False)
 
 
 def test_noise_alone_is_not_significant_and_no_error_bar_means_not_significant():
@@ -276,3 +308,47 @@ def test_pairs_with_a_non_finite_half_are_left_out():
     a[:50] = math.nan
     with pytest.raises(ModelError, match="50 of 4000"):
         paired_difference(a, b, window_of)
+
+
+# --- the rows ---------------------------------------------------------------------------------------------
+
+
+def test_a_metric_is_computed_where_its_columns_are_and_nowhere_else():
+    found = measured(-np.ones(8))
+    entropy = Metric(
+        "entropy",
+        ("entropy",),
+        lambda m: Estimate(value=float(m.columns["entropy"].mean())),
+        "nats",
+        "",
+        3,
+        "x",
+    )
+    assert "entropy" not in compute(found, (*METRICS, entropy))
+    found.columns["entropy"] = np.full(8, 2.5)
+    assert compute(found, (*METRICS, entropy))["entropy"].value == 2.5
+
+
+def test_columns_of_metrics_are_named_once():
+    assert columns_of(METRICS) == ("logprob", "top1", "top1_bound")
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+
+
+def test_a_lower_bound_has_a_name_of_its_own():
+    found = measured(-np.ones(8))
+    bound = Measured(
+        {"logprob": found.columns["logprob"], "top1_bound": np.arange(8) < 2},
+        found.window_of,
+        False,
+        TextScale(),
+    )
+    assert compute(bound)["top1_bound"].value == 0.25 and "top1" not in compute(bound)
+
+
+@given(clustered())
+def test_errors_of_other_units_follow_from_that_of_the_mean(case):
+    x, window_of = case
+    result = summary(np.negative(x), window_of, bytes_per_token=4.0)
+    assert result.stderr("nll_nats") == pytest.approx(cr1_by_loop(x, window_of), rel=1e-6, abs=1e-6)
+    per_byte = cr1_by_loop(x, window_of) / 4 / math.log(2)
+    assert result.stderr("bits_per_byte") == pytest.approx(per_byte, rel=1e-6, abs=1e-6)

@@ -2,52 +2,183 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from evalq.data.windows import Window, WindowPlan
 from evalq.errors import StoreError
 from evalq.files import read_json, write_atomic, write_json
 from evalq.results.store import ResultDir, Store, key_of
+from evalq.results.tokens import Part, Timing
+
+PLAN = WindowPlan("gptq", tuple(Window(4 * i, 4 * i + 4, 4 * i + 1) for i in range(4)), (), False)
+OTHER = WindowPlan("gptq", tuple(Window(4 * i, 4 * i + 4, 4 * i) for i in range(4)), (7,), False)
 
 
-def part(result: ResultDir, *windows: int, seconds: float = 1.0) -> None:
+def part(
+    result: ResultDir, *windows: int, seconds: float = 1.0, plan: WindowPlan = PLAN, **more: Any
+) -> None:
     logprob = -np.arange(3, dtype=np.float32)[None] - np.asarray(windows, np.float32)[:, None]
-    result.write_part(list(windows), logprob, logprob > -1, seconds)
+    columns = {"logprob": logprob, "top1": logprob > -1} | more
+    timing = Timing(seconds, logprob.size, "{}")
+    result.write_part(Part(windows, columns, timing), plan)
+
+
+def columns_of(result: ResultDir) -> dict[str, Any]:
+    found = result.scores()
+    assert found is not None
+    return dict(found.columns)
 
 
 def test_parts_come_back_in_window_order(tmp_path: Path) -> None:
-    result = ResultDir(tmp_path / "r")
+    result = ResultDir(tmp_path / "results" / "r")
     part(result, 2, 3)
     part(result, 0, seconds=0.5)
-    scores = result.parts()
-    assert scores.window.tolist() == [0, 0, 0, 2, 2, 2, 3, 3, 3]
-    assert scores.logprob[:4].tolist() == [0, -1, -2, -2] and scores.seconds == 1.5
-    assert scores.top1.tolist() == [True] + [False] * 8
+    held = result.held(PLAN)
+    assert held.missing(["logprob"]) == {1: ("logprob",)} and not held.complete
+    assert held.columns["logprob"][:3].tolist() == [0, -1, -2] and held.timing.seconds == 1.5
+    assert held.columns["logprob"][6:].tolist() == [-2, -3, -4, -3, -4, -5]
+    assert held.columns["top1"].tolist() == [True] + [False] * 11
     assert result.scores() is None
 
 
 def test_finish_joins_and_cleans_up(tmp_path: Path) -> None:
-    result = ResultDir(tmp_path / "r")
-    part(result, 0)
+    result = ResultDir(tmp_path / "results" / "r")
+    for window in range(4):
+        part(result, window)
     write_json(result.path / "failure.json", {})
-    before = result.parts()
-    result.finish({"device": "cpu"})
+    held = result.held(PLAN)
+    result.finish(held, {"device": "cpu"})
     after = result.scores()
-    assert after is not None and np.array_equal(after.logprob, before.logprob) and after.seconds == 1.0
+    assert after is not None and after.belongs_to(PLAN) and after.timing == Timing(4.0, 12, "{}")
+    assert np.array_equal(after.columns["logprob"], held.complete["logprob"])
+    assert after.columns["top1"].dtype == bool
     assert sorted(file.name for file in result.path.iterdir()) == ["run.json", "scores.safetensors"]
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, -1])
 def test_broken_part_counts_as_not_there(tmp_path: Path, keep: int) -> None:
-    result = ResultDir(tmp_path / "r")
+    result = ResultDir(tmp_path / "results" / "r")
     part(result, 0)
     part(result, 1)
-    broken = result.path / "parts" / "000001.safetensors"
+    (broken,) = (result.path / "parts").glob("000001-*")
     broken.write_bytes(broken.read_bytes()[:keep])
-    assert set(result.parts().window.tolist()) == {0}
+    assert list(result.held(PLAN).missing(["logprob"])) == [1, 2, 3]
     (result.path / "scores.safetensors").write_bytes(b"half")
-    assert result.scores() is None
+    assert result.scores() is None and result.windows_done() == 1
+
+
+def test_parts_of_other_windows_are_not_taken(tmp_path: Path) -> None:
+    result = ResultDir(tmp_path / "results" / "r")
+    part(result, 0, 1, 2, 3)
+    assert list(result.held(OTHER).missing(["logprob"])) == [0, 1, 2, 3]
+    result.finish(result.held(PLAN), {})
+    assert result.answers(PLAN, ["logprob"]) and not result.answers(OTHER, ["logprob"])
+
+
+def test_a_column_that_is_missing_is_asked_for_alone(tmp_path: Path) -> None:
+    result = ResultDir(tmp_path / "results" / "r")
+    part(result, 0, 1, 2, 3)
+    result.finish(result.held(PLAN), {})
+    before = columns_of(result)["logprob"]
+    assert not result.answers(PLAN, ["logprob", "entropy"])
+    assert result.held(PLAN).missing(["logprob", "entropy"]) == {i: ("entropy",) for i in range(4)}
+    entropy = np.arange(12, dtype=np.float32).reshape(4, 3)
+    result.write_part(Part((0, 1, 2, 3), {"entropy": entropy}, Timing(1.0, 12, "{}")), PLAN)
+    result.finish(result.held(PLAN), {})
+    assert result.answers(PLAN, ["logprob", "top1", "entropy"])
+    after = columns_of(result)
+    assert np.array_equal(after["logprob"], before) and after["entropy"].tolist() == list(range(12))
+
+
+def test_a_column_that_the_engine_cannot_give_is_not_asked_for_again(tmp_path: Path) -> None:
+    result = ResultDir(tmp_path / "results" / "r")
+    part(result, 0, 1, 2, 3)
+    result.finish(result.held(PLAN), {"columns_not_given": ["entropy"]})
+    assert result.answers(PLAN, ["logprob", "entropy"]) and not result.answers(PLAN, ["logprob", "other"])
+
+
+def rewritten(file: Path, **changes: Any) -> None:
+    """A file whose tensors are replaced (None: left out)."""
+    with safe_open(file, framework="numpy") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        metadata = opened.metadata()
+    metadata |= changes.pop("metadata", {})
+    tensors |= changes
+    save_file({name: value for name, value in tensors.items() if value is not None}, file, metadata)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"window": None},
+        {"window": np.zeros(12, np.float32)},
+        {"window": np.zeros((3, 4), np.int64)},
+        {"window": np.arange(5)},
+        {"logprob": np.zeros(11, np.float32)},
+        {"logprob": np.zeros((12, 1), np.float32)},
+        {"windows": np.zeros((4, 3), np.int64)},
+        {"metadata": {"seconds": "nan"}},
+        {"metadata": {"seconds": "soon"}},
+        {"metadata": {"tokens": "-1"}},
+        {"metadata": {"bool": "["}},
+        {"metadata": {"bool": "7"}},
+        {"metadata": {"plan": "another"}},
+    ],
+)
+def test_a_file_that_contradicts_itself_or_the_plan_is_no_result(tmp_path: Path, changes: Any) -> None:
+    result = ResultDir(tmp_path / "results" / "r")
+    part(result, 0, 1, 2, 3)
+    result.finish(result.held(PLAN), {})
+    rewritten(result.path / "scores.safetensors", **changes)
+    assert not result.answers(PLAN, ["logprob"])
+    assert list(result.held(PLAN).missing(["logprob"])) == [0, 1, 2, 3]
+
+
+def test_a_result_removed_under_a_writer_is_made_again(tmp_path: Path) -> None:
+    result = ResultDir(tmp_path / "results" / "r")
+    part(result, 0)
+    result.clear()
+    part(result, 1)
+    assert list(result.held(PLAN).missing(["logprob"])) == [0, 2, 3]
+    assert not list(tmp_path.glob(".removed-*"))
+
+
+def test_parts_beside_a_finished_result_are_tidied_unless_somebody_writes(tmp_path: Path) -> None:
+    result = ResultDir(tmp_path / "results" / "r")
+    part(result, 0, 1, 2, 3)
+    result.finish(result.held(PLAN), {})
+    part(result, 0)
+    held, release = threading.Event(), threading.Event()
+
+    def writer() -> None:
+        with ResultDir(result.path).lock():
+            held.set()
+            release.wait(10)
+
+    thread = threading.Thread(target=writer)
+    thread.start()
+    assert held.wait(10)
+    result.tidy()
+    assert (result.path / "parts").exists()
+    release.set()
+    thread.join()
+    result.tidy()
+    assert not (result.path / "parts").exists()
+
+
+def test_a_read_only_store_is_read(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    part(store.result("k"), 0)
+    write_json(store.result("k").path / "identity.json", {})
+    before = sorted(tmp_path.rglob("*"))
+    assert [r.path.name for r in Store(tmp_path / "s", read_only=True).results()] == ["k"]
+    assert Store(tmp_path / "nowhere", read_only=True).results() == []
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(
@@ -66,7 +197,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(
 
 
 def test_lock_lets_one_in_at_a_time(tmp_path: Path) -> None:
-    result, waited, order = ResultDir(tmp_path / "r"), threading.Event(), []
+    result, waited, order = ResultDir(tmp_path / "results" / "r"), threading.Event(), []
 
     def second() -> None:
         with ResultDir(result.path).lock(on_wait=waited.set):
