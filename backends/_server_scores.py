@@ -120,13 +120,15 @@ def from_prompt_logprobs(choice: Choice, ids_T: Ids, start: int) -> Row:
         raise NotOffered('no "prompt_logprobs" in the answer', "engine_error")
     _check_count(len(found), len(ids_T))
     entries: list[Entry] = []
-    for at in range(start + 1, len(ids_T)):
+    # Of the context only the tokens count, not what the server says about them.
+    for at in range(1, len(ids_T)):
         element, token = found[at], int(ids_T[at])
-        if not element:
-            raise _missing(at)
-        if token not in element:
+        if element and token not in element:
             raise _other_token(str(next(iter(element))), token, at)
-        entries.append(element[token])
+        if at > start:
+            if not element:
+                raise _missing(at)
+            entries.append(element[token])
     logprob = _checked([entry.logprob for entry in entries], ids_T, start)
     if any(entry.rank is None for entry in entries):
         return {LOGPROB.name: logprob, TOP1_BOUND.name: logprob > LN_HALF}
@@ -149,10 +151,11 @@ def from_echo(choice: Choice, ids_T: Ids, start: int) -> Row:
     _check_count(min(len(found.tokens), len(found.token_logprobs), len(ids_T)), len(ids_T))
     logprobs: list[float] = []
     best: list[float] = []
-    for at in range(start + 1, len(ids_T)):
-        token, value = int(ids_T[at]), found.token_logprobs[at]
+    for at, token in enumerate(ids_T.tolist()):
         if found.tokens[at] != f"token_id:{token}":
             raise _other_token(found.tokens[at], token, at)
+    for at in range(start + 1, len(ids_T)):
+        value = found.token_logprobs[at]
         if value is None:
             raise _missing(at)
         logprobs.append(value)
@@ -194,9 +197,9 @@ def _other_token(found: str, token: int, at: int) -> ModelError:
 
 
 def _checked(logprobs: list[float], ids_T: Ids, start: int) -> NDArray[np.float32]:
-    """The targets' log-probabilities, float32 [R]; -inf stays, and is counted with the result."""
+    """The targets' log-probabilities, float32 [R]; -inf and NaN stay, and are counted with the result."""
     values = np.asarray(logprobs, np.float64)
-    wrong = np.flatnonzero(~(values <= ROUNDING))
+    wrong = np.flatnonzero(values > ROUNDING)
     if len(wrong):
         at = int(wrong[0])
         raise ModelError(

@@ -192,7 +192,8 @@ class Batch:
     @property
     def shape(self) -> tuple[int, int]:
         """(B, R): of every array of scores."""
-        return self.ids_BT.shape[0], self.ids_BT.shape[1] - self.first_target
+        n_windows, n_targets = self.targets_BR.shape
+        return n_windows, n_targets
 
 
 class Tokenizer(ABC):

@@ -5,9 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT, Runs
+
+from evalq.data.tokens import read_stream
+from evalq.results.store import Store
+from evalq.results.tokens import TokenColumns
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +68,60 @@ def test_misspelt_option_of_another_package(
 def test_without_the_package_its_name_is_unknown(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     code, _ = runs.compare(runs.data(), runs.models({"load_fn": "coin", "fwd_fn": None}))
     assert code == 2 and 'unknown backend "coin"' in capsys.readouterr().err
+
+
+ASK = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from evalq.data.tokens import read_stream
+from evalq.results.store import Store
+from evalq.run.compare import compare
+from evalq.run.process import RunSettings
+from evalq.spec import load_data_spec, load_model_specs
+quiet = SimpleNamespace(**dict.fromkeys(("status", "model", "event", "record"), lambda *given: None))
+settings = RunSettings(columns=tuple(sys.argv[4].split(",")))
+data, models, store = map(Path, sys.argv[1:4])
+(record,) = compare(load_data_spec(data), load_model_specs(models), Store(store), settings, quiet)
+print(record.model_dump_json())
+"""
+
+
+def test_a_column_of_another_package_lands_in_the_store(
+    runs: Runs, installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its column is scored and kept without a line about it in evalq, beside what was there before."""
+    monkeypatch.setenv("PYTHONPATH", str(installed))
+    data = runs.data()
+    models = runs.models({"load_fn": "coin", "fwd_fn": "coin"})
+    (runs.folder / "ask.py").write_text(ASK)
+
+    def ask(columns: str) -> tuple[dict[str, Any], TokenColumns]:
+        command = [
+            sys.executable,
+            "-P",
+            "ask.py",
+            str(data),
+            str(models),
+            str(runs.folder / "store"),
+            columns,
+        ]
+        done = subprocess.run(command, cwd=runs.folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        record = json.loads(done.stdout)
+        assert record["status"] == "ok", record["error"]
+        found = Store(runs.folder / "store").result(record["key"]).scores()
+        assert found is not None
+        return record, found
+
+    plain, before = ask("logprob,top1")
+    assert set(before.columns) == {"logprob", "top1"}
+    record, after = ask("logprob,top1,heads")
+    assert record["key"] == plain["key"] and record["ppl"] == plain["ppl"]
+    assert set(after.columns) == {"logprob", "top1", "heads"}
+    (tokens,) = (runs.folder / "store" / "tokens").glob("*.safetensors")
+    stream = read_stream(tokens)
+    assert stream is not None
+    heads = after.columns["heads"]
+    assert heads.dtype == np.float32 and heads.shape == after.columns["logprob"].shape
+    np.testing.assert_array_equal(heads[:255], stream.ids_N[1:256] / 256)

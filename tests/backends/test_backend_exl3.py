@@ -1,20 +1,24 @@
 """The exl3 backend: what it refuses, how it runs modules (on a toy engine), and the real engine on a GPU.
 
 The tests marked `gpu` need a CUDA GPU, exllamav3 and a converted checkpoint:
-EVALQ_TEST_EXL3=DIRECTORY pytest -m gpu tests/test_backend_exl3.py
+EVALQ_TEST_EXL3=DIRECTORY pytest -m gpu tests/backends/test_backend_exl3.py
 """
 
+import importlib.machinery
 import importlib.util
 import os
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from backend_calls import score_batches, score_one
 from checkpoints import make_tiny
 from conftest import Runs
 from safetensors import safe_open
@@ -28,6 +32,8 @@ from evalq.checkpoint.headers import open_checkpoint
 from evalq.errors import ModelError
 from evalq.failures import CATEGORIES
 
+EXL3 = exl3.Exl3Backend()
+
 V, V_PADDED, H = 200, 256, 16
 
 
@@ -36,7 +42,7 @@ V, V_PADDED, H = 200, 256, 16
 
 def refusal(request: LoadRequest) -> ModelError:
     with pytest.raises(ModelError) as caught:
-        exl3.load(request)
+        EXL3.load(request)
     assert caught.value.category in CATEGORIES
     return caught.value
 
@@ -45,7 +51,7 @@ def test_without_the_engine_the_install_line_is_named(tiny: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "exllamav3", None)
     error = refusal(LoadRequest(tiny, 16, 15, {}))
     assert error.category == "engine_missing"
-    assert "exllamav3 is not installed" in error.message and exl3.INSTALL in (error.remedy or "")
+    assert "exllamav3 is not installed" in error.message and EXL3.install in (error.remedy or "")
 
 
 def test_without_a_gpu_it_says_so_before_the_engine_is_imported(tiny: Path, tmp_path: Path) -> None:
@@ -55,14 +61,14 @@ def test_without_a_gpu_it_says_so_before_the_engine_is_imported(tiny: Path, tmp_
         "import sys, pathlib; sys.path.insert(0, sys.argv[1])\n"
         "from evalq.backend import LoadRequest; from evalq.backends import exl3\n"
         "from evalq.errors import ModelError\n"
-        "try: exl3.load(LoadRequest(pathlib.Path(sys.argv[2]), 16, 15, {}))\n"
+        "try: exl3.Exl3Backend().load(LoadRequest(pathlib.Path(sys.argv[2]), 16, 15, {}))\n"
         "except ModelError as error: print(error.category, error)"
     )
     command = [sys.executable, "-P", "-c", code, str(tmp_path / "stub"), str(tiny)]
     no_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, capture_output=True, text=True, env=no_gpu, check=False)
     assert run.stdout.startswith("no_gpu exllamav3 needs a CUDA GPU"), run.stderr
-    assert exl3.INSTALL in run.stdout
+    assert EXL3.install in run.stdout
 
 
 def test_the_command_line_reports_it_as_a_failed_model(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +77,7 @@ def test_the_command_line_reports_it_as_a_failed_model(runs: Runs, monkeypatch: 
     assert code == 1
     assert records[0]["engine"] in ("exl3", "exllamav3")
     assert records[0]["error"]["category"] in ("engine_missing", "no_gpu")
-    assert exl3.INSTALL in records[0]["error"]["remedy"]
+    assert EXL3.install in records[0]["error"]["remedy"]
 
 
 def test_a_file_is_no_checkpoint_directory(tmp_path: Path) -> None:
@@ -91,8 +97,6 @@ def test_a_file_is_no_checkpoint_directory(tmp_path: Path) -> None:
         ({"gpu_split": [20, -1]}, "gpu_split"),
         ({"gpu_split": [20], "device": "cuda:0"}, "gpu_split"),
         ({"gpu_split": [20], "streaming": True}, "streaming"),
-        ({"batch_windows": 0}, "batch_windows"),
-        ({"head_chunk_mib": -4}, "head_chunk_mib"),
     ],
 )
 def test_impossible_options_are_named(options: dict[str, Any], named: str) -> None:
@@ -101,16 +105,50 @@ def test_impossible_options_are_named(options: dict[str, Any], named: str) -> No
     assert caught.value.category == "bad_option"
 
 
+@pytest.mark.parametrize("options", [{"batch_windows": 0}, {"head_chunk_mib": -4}])
+def test_numbers_below_the_smallest_are_named_before_a_model_is_loaded(
+    runs: Runs, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, records = runs.compare(
+        runs.data(), runs.models({"load_fn": "exl3", "fwd_fn": "exl3", "options": options})
+    )
+    errors = capsys.readouterr().err
+    assert code == 2 and records == []
+    assert f"options.{next(iter(options))}: should be 1 or more" in errors
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"device": "cuda"}, {"device": "cuda:3", "streaming": True}, {"gpu_split": [20, 0.5, 0]}]
+    ("options", "loaded_with"),
+    [
+        ({}, {"device": torch.device("cuda:0")}),
+        ({"device": "cuda"}, {"device": torch.device("cuda")}),
+        ({"device": "cuda:3", "streaming": True}, None),
+        (
+            {"gpu_split": [20, 0.5, 0], "batch_windows": 3},
+            {"use_per_device": [20, 0.5, 0], "max_chunk_size": 3 * 599, "max_output_size": 2**20 // (4 * V)},
+        ),
+    ],
 )
-def test_sensible_options_are_accepted(options: dict[str, Any]) -> None:
-    exl3._check_options(options)
+def test_sensible_options_reach_the_engine(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], loaded_with: dict[str, Any] | None
+) -> None:
+    engine = stand_in_engine(monkeypatch)
+    model = EXL3.load(LoadRequest(tiny, 600, 599, {"head_chunk_mib": 1} | options))
+    assert engine.loaded_with == loaded_with
+    streaming_device = torch.device("cuda:3") if "streaming" in options else None
+    assert model.handle.streaming_device == streaming_device
+    assert model.handle.body == engine.modules[:-1] and model.handle.head is engine.modules[-1]
+    assert [entry[0] for entry in engine.fwd_modules] == engine.modules[:-1]
+    assert model.batch_windows == options.get("batch_windows", 2048 // 599)
+    assert any("streamed" in note for note in model.notes) == bool(options.get("streaming"))
+    assert (model.vocab_size, model.dtype, model.warm_up) == (V, "float16", "streaming" not in options)
 
 
-def test_options_are_checked_by_the_command_line(runs: Runs) -> None:
-    code, _ = runs.compare(runs.data(), runs.models({"load_fn": "exl3", "options": {"gpu_split": "20,24"}}))
-    assert code == 2
+def test_options_are_checked_by_the_command_line(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"gpu_split": "20,24"}
+    models = runs.models({"load_fn": "exl3", "fwd_fn": "exl3", "options": options})
+    code, _ = runs.compare(runs.data(), models)
+    assert code == 2 and "options.gpu_split: should be list" in capsys.readouterr().err
 
 
 # The tokenizer
@@ -190,11 +228,19 @@ class Toy:
 class ToyModel:
     """What `resident` and `streamed` use of exllamav3's Model."""
 
+    loaded_tp = False
+
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
         shapes = {"embedding": (V, H), "mean": (H, H), "head": (H, V)}
         self.modules = [Toy(k, torch.randn(s, generator=generator)) for k, s in shapes.items()]
-        self.config = types.SimpleNamespace(stc=Loader())
+        self.fwd_modules = [(module, 0) for module in self.modules]
+        self.config = types.SimpleNamespace(stc=Loader(), vocab_size=V, config_dict={})
+        self.config.override_dynamic_seq_len = lambda tokens: None
+        self.loaded_with: dict[str, Any] | None = None
+
+    def load(self, **how: Any) -> None:
+        self.loaded_with = how
 
     def prepare_inputs(self, ids: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
         assert params["attn_mode"] == "flash_attn_nc"
@@ -208,18 +254,36 @@ class ToyModel:
             x = module.forward(x, params)
         return x
 
-    def expected(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities and top-1 in float64, every window by itself, no padding, [rows]."""
+    def distributions(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Log-softmax [R, V] and targets [R] of each window by itself, float64, no padding."""
         embedding, mean, head = (module._weight.double() for module in self.modules)
-        logprob, top1 = [], []
         for ids in torch.from_numpy(batch.ids_BT):
             x = embedding[ids[:-1]]
             x = x.cumsum(0) / torch.arange(1, len(x) + 1)[:, None] @ mean
-            every = (x @ head).log_softmax(-1)[batch.start :]
-            targets = ids[batch.start + 1 :]
+            yield (x @ head).log_softmax(-1)[batch.first_target - 1 :], ids[batch.first_target :]
+
+    def expected(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities and top-1, [rows]."""
+        logprob, top1 = [], []
+        for every, targets in self.distributions(batch):
             logprob.append(every.gather(1, targets[:, None])[:, 0])
             top1.append(every.argmax(-1) == targets)
         return torch.cat(logprob).numpy(), torch.cat(top1).numpy()
+
+
+def stand_in_engine(monkeypatch: pytest.MonkeyPatch) -> ToyModel:
+    """The model that loading gives on a machine where torch sees a GPU and exllamav3 is installed."""
+    model = ToyModel()
+    package = types.ModuleType("exllamav3")
+    package.__spec__ = importlib.machinery.ModuleSpec("exllamav3", None)
+    package.Config = types.SimpleNamespace(from_directory=lambda path: model.config)  # type: ignore[attr-defined]
+    package.Model = types.SimpleNamespace(from_config=lambda config: model)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "exllamav3", package)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("init", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    return model
 
 
 @pytest.fixture
@@ -238,20 +302,21 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Handle:
 
 def batches_of(*sizes: tuple[int, int, int]) -> list[Batch]:
     rng = np.random.default_rng(5)
-    return [Batch(rng.integers(0, V, (n, length)), start) for n, length, start in sizes]
+    return [Batch(rng.integers(0, V, (n, length)), first) for n, length, first in sizes]
 
 
-CASES = [(1, 300, 0), (3, 700, 500), (2, 40, 10), (1, 2, 0), (1, 513, 511)]
+CASES = [(1, 300, 1), (3, 700, 501), (2, 40, 11), (1, 2, 1), (1, 513, 512)]
 
 
 def test_resident_scores_are_the_models(toy: Handle) -> None:
     for module in toy.model.modules:
         module.load("toy")
     batches, hits = batches_of(*CASES), 0
-    for batch, (logprob, top1) in zip(batches, resident(toy, batches), strict=True):
+    for batch, found in zip(batches, resident(toy, batches), strict=True):
         wanted, wanted_top1 = toy.model.expected(batch)
-        assert np.allclose(logprob.numpy(), wanted, atol=2e-5)
-        assert np.array_equal(top1.numpy(), wanted_top1)
+        assert set(found) == {"logprob", "top1"}
+        assert np.allclose(found["logprob"].numpy(), wanted, atol=2e-5)
+        assert np.array_equal(found["top1"].numpy(), wanted_top1)
         hits += int(wanted_top1.sum())
     assert hits > 0
     assert min(toy.body[1].rows_seen) >= INPUT_TOKENS_MIN
@@ -267,13 +332,26 @@ def test_streaming_loads_every_module_once_and_changes_no_score(toy: Handle) -> 
     assert all(module.weight is None for module in toy.model.modules)
     for module in toy.model.modules:
         module.load("toy")
-    for (logprob, top1), (logprob_resident, top1_resident) in zip(found, resident(toy, batches), strict=True):
-        assert torch.equal(logprob, logprob_resident) and torch.equal(top1, top1_resident)
+    for mine, theirs in zip(found, resident(toy, batches), strict=True):
+        assert set(mine) == set(theirs) == {"logprob", "top1"}
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_entropy_is_that_of_the_whole_distribution_and_changes_no_other_column(toy: Handle) -> None:
+    for module in toy.model.modules:
+        module.load("toy")
+    plain = batches_of(*CASES)
+    asked = [replace(batch, columns=("logprob", "top1", "entropy")) for batch in plain]
+    for batch, without, found in zip(plain, resident(toy, plain), resident(toy, asked), strict=True):
+        every = torch.cat([every for every, _ in toy.model.distributions(batch)])
+        wanted = -(every.exp() * every).sum(-1).numpy()
+        assert np.allclose(found.pop("entropy").numpy(), wanted, atol=2e-5)
+        assert all(torch.equal(found[name], without[name]) for name in without)
 
 
 def test_streaming_that_is_given_up_leaves_no_module_loaded(toy: Handle) -> None:
     toy.streaming_device = torch.device("cpu")
-    scores = streamed(toy, batches_of((1, 300, 0), (1, 300, 0)))
+    scores = streamed(toy, batches_of((1, 300, 1), (1, 300, 1)))
     next(scores)
     assert toy.head.weight is not None
     scores.close()
@@ -322,7 +400,7 @@ def checkpoint() -> Path:
 
 
 def loaded(path: Path, overlay: Path | None = None, **options: Any) -> LoadedModel:
-    return exl3.load(LoadRequest(path, 600, 599, options, overlay=overlay, n_windows=3))
+    return EXL3.load(LoadRequest(path, 600, 599, options, overlay=overlay, n_windows=3))
 
 
 @pytest.fixture(scope="session")
@@ -352,45 +430,45 @@ class TestEngine:
         logits = model.forward(torch.from_numpy(ids), {"attn_mode": "flash_attn_nc"})
         wanted = logits[..., : model.config.vocab_size].double().log_softmax(-1)[:, :-1]
         targets = torch.from_numpy(ids[:, 1:, None]).to(wanted.device)
-        found = exl3.forward(loaded(checkpoint), ids, 0)
-        difference = found.logprob - wanted.gather(-1, targets)[..., 0].cpu().numpy()
+        found = score_one(EXL3, loaded(checkpoint), ids)
+        difference = found["logprob"] - wanted.gather(-1, targets)[..., 0].cpu().numpy()
         # float16 logits are 1/64 apart at 16: that is the engine's own rounding, not a difference of models.
         assert abs(difference.mean()) < 1e-3 and abs(difference).max() < 0.05
-        agree = (wanted.argmax(-1) == targets[..., 0]).cpu().numpy() == found.top1
+        agree = (wanted.argmax(-1) == targets[..., 0]).cpu().numpy() == found["top1"]
         assert agree.mean() > 0.995
 
     def test_streaming_gives_the_same_scores(
         self, checkpoint: Path, real: LoadedModel, ids: np.ndarray
     ) -> None:
         streaming = loaded(checkpoint, streaming=True)
-        batches = [Batch(ids[:1], 0), Batch(ids[1:], 0)]
-        whole = [scores.logprob for scores in exl3.forward_many(real, batches)]
-        parts = [scores.logprob for scores in exl3.forward_many(streaming, batches)]
+        batches = [Batch(ids[:1], 1), Batch(ids[1:], 1)]
+        whole = [scores["logprob"] for scores in score_batches(EXL3, real, batches)]
+        parts = [scores["logprob"] for scores in score_batches(EXL3, streaming, batches)]
         for one, other in zip(whole, parts, strict=True):
             assert np.allclose(one, other, atol=0.02) and abs((one - other).mean()) < 2e-4
 
     def test_a_graph_gives_the_scores_of_single_launches(self, checkpoint: Path, ids: np.ndarray) -> None:
         rows = [np.roll(ids[i % 3], 7 * i)[None] for i in range(8)]
-        batches = [*(Batch(row, 0) for row in rows), Batch(ids[:1, :300], 100), Batch(rows[0], 0)]
+        batches = [*(Batch(row, 1) for row in rows), Batch(ids[:1, :300], 101), Batch(rows[0], 1)]
         graph, single = loaded(checkpoint), loaded(checkpoint, cuda_graph=False)
-        found = [scores.logprob for scores in exl3.forward_many(graph, batches)]
-        wanted = [scores.logprob for scores in exl3.forward_many(single, batches)]
+        found = [scores["logprob"] for scores in score_batches(EXL3, graph, batches)]
+        wanted = [scores["logprob"] for scores in score_batches(EXL3, single, batches)]
         assert graph.notes == [] and graph.handle.replay is not None, "nothing was recorded"
         for one, other in zip(found, wanted, strict=True):
             assert np.allclose(one, other, atol=0.02) and abs((one - other).mean()) < 2e-4
 
     def test_the_first_tokens_do_not_depend_on_the_window(self, real: LoadedModel, ids: np.ndarray) -> None:
-        whole = exl3.forward(real, ids[:1], 0).logprob
+        whole = score_one(EXL3, real, ids[:1])["logprob"]
         for length in (2, 20, 200):
-            part = exl3.forward(real, ids[:1, :length], 0).logprob
+            part = score_one(EXL3, real, ids[:1, :length])["logprob"]
             assert np.allclose(part, whole[:, : length - 1], atol=0.05)
 
     def test_start_batch_and_chunk_do_not_matter(self, checkpoint: Path, real: LoadedModel, ids: Any) -> None:
-        whole = exl3.forward(real, ids, 0).logprob
-        assert np.allclose(exl3.forward(real, ids, 570).logprob, whole[:, 570:], atol=0.05)
-        one_by_one = np.concatenate([exl3.forward(real, ids[i : i + 1], 0).logprob for i in range(3)])
+        whole = score_one(EXL3, real, ids)["logprob"]
+        assert np.allclose(score_one(EXL3, real, ids, 571)["logprob"], whole[:, 570:], atol=0.05)
+        one_by_one = np.concatenate([score_one(EXL3, real, ids[i : i + 1])["logprob"] for i in range(3)])
         assert np.allclose(one_by_one, whole, atol=0.05)
-        chunked = exl3.forward(loaded(checkpoint, head_chunk_mib=400), ids, 0).logprob
+        chunked = score_one(EXL3, loaded(checkpoint, head_chunk_mib=400), ids)["logprob"]
         assert np.allclose(chunked, whole, atol=0.05)
 
     def test_an_overlay_replaces_tensors(self, checkpoint: Path, ids: np.ndarray, tmp_path: Path) -> None:
@@ -402,7 +480,7 @@ class TestEngine:
                     tensors["model.norm.weight"] = opened.get_tensor("model.norm.weight").half().numpy() * 0
         save_file(tensors, tmp_path / "norm.safetensors")
         model = loaded(checkpoint, overlay=tmp_path)
-        assert np.allclose(exl3.forward(model, ids, 0).logprob, -np.log(model.vocab_size), atol=1e-5)
+        assert np.allclose(score_one(EXL3, model, ids)["logprob"], -np.log(model.vocab_size), atol=1e-5)
 
     def test_bits_are_the_engines(self, checkpoint: Path, real: LoadedModel) -> None:
         layer_bpw, head_bpw, _ = real.handle.model.get_storage_info()

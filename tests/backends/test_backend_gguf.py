@@ -9,11 +9,14 @@ import gguf as gguf_files
 import numpy as np
 import psutil
 import pytest
+from backend_calls import score_one
 
 from evalq.backend import LoadedModel, LoadRequest
 from evalq.backends import _llama, _llama_batch, _llama_plan, gguf
 from evalq.errors import ModelError
 from evalq.failures import CATEGORIES
+
+GGUF = gguf.GgufBackend()
 
 PROSE = " ".join(
     f"In {year} the {what} near {where} was {done}, and its keeper saw {n} ships before the {season} storms."
@@ -64,12 +67,12 @@ def reference(smollm2_gguf: Path):
 
 def loaded(path: Path, window_tokens: int, n_windows: int = 1, **options) -> LoadedModel:
     request = LoadRequest(path, window_tokens, window_tokens - 1, options, n_windows=n_windows)
-    return gguf.load(request)
+    return GGUF.load(request)
 
 
 def refusal(path: Path, window_tokens: int = 16, **options) -> ModelError:
     with pytest.raises(ModelError) as caught:
-        gguf.close(loaded(path, window_tokens, **options))
+        GGUF.close(loaded(path, window_tokens, **options))
     assert caught.value.category in CATEGORIES
     assert "\n" not in caught.value.message
     return caught.value
@@ -127,31 +130,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("n_rows", "n_tokens", "start", "options"),
+    ("n_rows", "n_tokens", "first_target", "options"),
     [
-        (1, 300, 0, {}),
-        (1, 300, 200, {}),
-        (1, 150, 0, {"n_ubatch": 100, "threads": 1}),
-        (1, 150, 0, {"flash_attn": False, "n_ubatch": 64}),
-        (3, 97, 0, {}),
-        (3, 97, 40, {"batch_windows": 3}),
-        (3, 97, 40, {"flash_attn": False, "batch_windows": 3, "n_batch": 256, "n_ubatch": 100}),
-        (5, 41, 7, {"batch_windows": 2}),
-        (4, 60, 30, {"flash_attn": False, "batch_windows": 4, "n_batch": 128, "n_ubatch": 64}),
+        (1, 300, 1, {}),
+        (1, 300, 201, {}),
+        (1, 150, 1, {"n_ubatch": 100, "threads": 1}),
+        (1, 150, 1, {"flash_attn": False, "n_ubatch": 64}),
+        (3, 97, 1, {}),
+        (3, 97, 41, {"batch_windows": 3}),
+        (3, 97, 41, {"flash_attn": False, "batch_windows": 3, "n_batch": 256, "n_ubatch": 100}),
+        (5, 41, 8, {"batch_windows": 2}),
+        (4, 60, 31, {"flash_attn": False, "batch_windows": 4, "n_batch": 128, "n_ubatch": 64}),
     ],
 )
 def test_agrees_with_the_high_level_class(
-    smollm2_gguf, prose_ids, reference, n_rows, n_tokens, start, options
+    smollm2_gguf, prose_ids, reference, n_rows, n_tokens, first_target, options
 ):
     ids = np.stack([prose_ids[i * 13 : i * 13 + n_tokens] for i in range(n_rows)])
     model = loaded(smollm2_gguf, n_tokens, n_rows, **options)
-    scores = gguf.forward(model, ids, start)
-    gguf.close(model)
-    assert scores.logprob.dtype == np.float32 and scores.top1.dtype == np.bool_
-    assert scores.logprob.shape == scores.top1.shape == (n_rows, n_tokens - 1 - start)
-    for row, logprob, top1 in zip(ids, scores.logprob, scores.top1, strict=True):
-        expected = reference(row, options.get("flash_attn", True))[start:-1]
-        targets = row[start + 1 :]
+    scores = score_one(GGUF, model, ids, first_target)
+    GGUF.close(model)
+    assert scores["logprob"].dtype == np.float32 and scores["top1"].dtype == np.bool_
+    assert scores["logprob"].shape == scores["top1"].shape == (n_rows, n_tokens - first_target)
+    for row, logprob, top1 in zip(ids, scores["logprob"], scores["top1"], strict=True):
+        expected = reference(row, options.get("flash_attn", True))[first_target - 1 : -1]
+        targets = row[first_target:]
         own = expected[np.arange(len(targets)), targets]
         assert np.abs(logprob - own).max() < TOLERANCE_TOKEN_NATS
         assert abs(logprob.mean(dtype=np.float64) - own.mean()) < TOLERANCE_MEAN_NATS
@@ -168,37 +171,37 @@ def test_batch_shape_changes_nothing_but_kernel_noise(smollm2_gguf, prose_ids, f
     results = []
     for shape in ({"batch_windows": 1}, {"batch_windows": 3}, {"batch_windows": 3, "n_batch": 400}):
         model = loaded(smollm2_gguf, 150, 3, flash_attn=flash_attn, **shape)
-        results.append(gguf.forward(model, ids, 3))
-        gguf.close(model)
+        results.append(score_one(GGUF, model, ids, 4))
+        GGUF.close(model)
     for other in results[1:]:
-        np.testing.assert_allclose(other.logprob, results[0].logprob, atol=TOLERANCE_TOKEN_NATS)
-        assert (other.top1 == results[0].top1).mean() > 0.99
+        np.testing.assert_allclose(other["logprob"], results[0]["logprob"], atol=TOLERANCE_TOKEN_NATS)
+        assert (other["top1"] == results[0]["top1"]).mean() > 0.99
 
 
 @pytest.mark.engine
 def test_rows_do_not_see_each_other_and_repeats_are_bit_identical(smollm2_gguf, prose_ids):
     model = loaded(smollm2_gguf, 64, 2, batch_windows=2)
     first, second, third = (prose_ids[i : i + 64] for i in (0, 100, 200))
-    once = gguf.forward(model, np.stack([first, second]), 0)
-    other_neighbour = gguf.forward(model, np.stack([first, third]), 0)
-    again = gguf.forward(model, np.stack([first, second]), 0)
-    gguf.close(model)
-    np.testing.assert_array_equal(once.logprob, again.logprob)
-    np.testing.assert_array_equal(once.top1, again.top1)
-    np.testing.assert_array_equal(once.logprob[0], other_neighbour.logprob[0])
-    assert not np.array_equal(once.logprob[1], other_neighbour.logprob[1])
+    once = score_one(GGUF, model, np.stack([first, second]))
+    other_neighbour = score_one(GGUF, model, np.stack([first, third]))
+    again = score_one(GGUF, model, np.stack([first, second]))
+    GGUF.close(model)
+    np.testing.assert_array_equal(once["logprob"], again["logprob"])
+    np.testing.assert_array_equal(once["top1"], again["top1"])
+    np.testing.assert_array_equal(once["logprob"][0], other_neighbour["logprob"][0])
+    assert not np.array_equal(once["logprob"][1], other_neighbour["logprob"][1])
 
 
 @pytest.mark.engine
 def test_memory_does_not_grow_with_the_number_of_forwards(smollm2_gguf, prose_ids):
     model = loaded(smollm2_gguf, 24)
     ids = prose_ids[None, :24]
-    gguf.forward(model, ids, 0)
+    score_one(GGUF, model, ids)
     before = psutil.Process().memory_info().rss
     for _ in range(20):
-        gguf.forward(model, ids, 0)
+        score_one(GGUF, model, ids)
     grown = psutil.Process().memory_info().rss - before
-    gguf.close(model)
+    GGUF.close(model)
     assert grown < 2 * 2**20  # the logits of one window alone are 4.3 MiB
 
 
@@ -211,8 +214,8 @@ def test_describes_the_model(smollm2_gguf, prose_ids):
     assert set(model.versions) == {"llama-cpp-python", "llama.cpp"}
     assert model.tokenize is not None
     assert model.tokenize(PROSE) == prose_ids.tolist()
-    gguf.close(model)
-    gguf.close(model)
+    GGUF.close(model)
+    GGUF.close(model)
 
 
 @pytest.mark.engine
@@ -252,20 +255,20 @@ def test_tokenizer_reports_bos(tiny):
 def test_a_flat_head_gives_the_logarithm_of_the_vocabulary(tmp_path):
     write_tiny(tmp_path / "flat.gguf", tokenizer="none", flat_head=True)
     model = loaded(tmp_path / "flat.gguf", 20, 2)
-    scores = gguf.forward(model, np.arange(40).reshape(2, 20) % TINY_VOCAB, 5)
-    gguf.close(model)
+    scores = score_one(GGUF, model, np.arange(40).reshape(2, 20) % TINY_VOCAB, 6)
+    GGUF.close(model)
     assert model.tokenize is None
     assert model.dtype == "all F32"
-    np.testing.assert_allclose(scores.logprob, -np.log(TINY_VOCAB), atol=1e-6)
-    assert scores.top1.all()
+    np.testing.assert_allclose(scores["logprob"], -np.log(TINY_VOCAB), atol=1e-6)
+    assert scores["top1"].all()
 
 
 def test_windows_without_targets_give_empty_scores(tiny):
     model = loaded(tiny, 8)
-    for n_tokens, start in ((1, 0), (8, 7), (8, 20)):
-        scores = gguf.forward(model, np.zeros((2, n_tokens), np.int64), start)
-        assert scores.logprob.shape == scores.top1.shape == (2, 0)
-    gguf.close(model)
+    for n_tokens, first_target in ((1, 1), (8, 8), (8, 21)):
+        scores = score_one(GGUF, model, np.zeros((2, n_tokens), np.int64), first_target)
+        assert scores["logprob"].shape == scores["top1"].shape == (2, 0)
+    GGUF.close(model)
 
 
 def test_pieces_cover_a_window_evenly_and_fit_a_batch():
@@ -289,8 +292,8 @@ def test_split_files_score_as_the_whole(tiny, tmp_path):
     results = []
     for path in (tiny, parts[0], tmp_path):
         model = loaded(path, 33, 2)
-        results.append(gguf.forward(model, ids, 0).logprob)
-        gguf.close(model)
+        results.append(score_one(GGUF, model, ids)["logprob"])
+        GGUF.close(model)
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
     assert refusal(parts[1]).category == "model_missing"
@@ -342,7 +345,7 @@ def test_a_directory_must_hold_one_model(tiny, tmp_path):
 
 
 def test_windows_longer_than_the_positions(tiny):
-    gguf.close(loaded(tiny, 65))
+    GGUF.close(loaded(tiny, 65))
     error = refusal(tiny, 66)
     assert error.category == "window_too_long"
     assert "66" in error.message and "64" in error.message
@@ -365,7 +368,7 @@ def test_impossible_options(tiny, options):
 
 def test_an_overlay_is_refused(tiny):
     with pytest.raises(ModelError) as caught:
-        gguf.load(LoadRequest(tiny, 16, 15, {}, overlay=tiny))
+        GGUF.load(LoadRequest(tiny, 16, 15, {}, overlay=tiny))
     assert caught.value.category == "bad_option"
 
 
@@ -375,8 +378,8 @@ def test_options_reach_the_engine(tiny, options):
     results = []
     for chosen in ({}, options):
         model = loaded(tiny, 40, **chosen)
-        results.append(gguf.forward(model, ids, 0).logprob)
-        gguf.close(model)
+        results.append(score_one(GGUF, model, ids)["logprob"])
+        GGUF.close(model)
     same = np.array_equal(results[0], results[1])
     assert same == (not any(_llama_plan.OPTIONS[name].numeric for name in options))
     assert np.abs(results[0] - results[1]).mean() < 0.3
@@ -386,7 +389,7 @@ def test_default_batch_fills_one_decode_with_short_windows(tiny):
     for window_tokens, n_windows, expected in ((33, 100, 16), (33, 3, 3), (64, 100, 8)):
         model = loaded(tiny, window_tokens, n_windows)
         assert model.batch_windows == expected
-        gguf.close(model)
+        GGUF.close(model)
 
 
 OUT_OF_MEMORY = """
@@ -400,7 +403,7 @@ used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 2**20, -1))
 options = {"batch_windows": 256, "n_batch": 65536, "threads": 1}
 try:
-    gguf.load(LoadRequest(Path(sys.argv[1]), 64, 63, options, n_windows=256))
+    gguf.GgufBackend().load(LoadRequest(Path(sys.argv[1]), 64, 63, options, n_windows=256))
 except ModelError as error:
     print(error.category, error.message)
 """
@@ -417,8 +420,8 @@ def test_a_missing_engine_says_how_to_install_it(tiny):
         "import sys; sys.modules['llama_cpp'] = None\n"
         "from pathlib import Path; from evalq.backends import gguf; from evalq.backend import LoadRequest\n"
         "from evalq.errors import ModelError\n"
-        "assert gguf.OPTIONS\n"
-        "try: gguf.load(LoadRequest(Path(sys.argv[1]), 8, 7, {}))\n"
+        "assert gguf.GgufBackend.options\n"
+        "try: gguf.GgufBackend().load(LoadRequest(Path(sys.argv[1]), 8, 7, {}))\n"
         "except ModelError as error: print(error.category, error)"
     )
     done = subprocess.run([sys.executable, "-c", program, tiny], capture_output=True, text=True, check=True)
@@ -428,8 +431,8 @@ def test_a_missing_engine_says_how_to_install_it(tiny):
 
 def test_the_engines_log_reaches_neither_stdout_nor_stderr(tiny, tmp_path, capfd):
     model = loaded(tiny, 20)
-    gguf.forward(model, np.zeros((1, 20), np.int64), 0)
-    gguf.close(model)
+    score_one(GGUF, model, np.zeros((1, 20), np.int64))
+    GGUF.close(model)
     (tmp_path / "empty.gguf").touch()
     refusal(tmp_path / "empty.gguf")
     assert capfd.readouterr() == ("", "")
@@ -438,8 +441,8 @@ def test_the_engines_log_reaches_neither_stdout_nor_stderr(tiny, tmp_path, capfd
 def test_an_id_outside_the_vocabulary_is_the_engines_error(tiny):
     model = loaded(tiny, 20)
     with pytest.raises(ModelError) as caught:
-        gguf.forward(model, np.full((1, 20), TINY_VOCAB), 0)
-    gguf.close(model)
+        score_one(GGUF, model, np.full((1, 20), TINY_VOCAB))
+    GGUF.close(model)
     assert caught.value.category == "engine_error"
     assert f"invalid token[0] = {TINY_VOCAB}" in caught.value.message
 
@@ -452,13 +455,13 @@ def test_row_scores_match_float64_and_pass_on_what_is_not_finite():
     logits[4, 9], logits[5, 9] = np.nan, np.inf
     logits[6, :] = -np.inf
     kept = logits.copy()
-    scores = _llama_batch.score_rows(logits, targets)
+    scores = _llama_batch.score_rows(logits, targets, ("logprob", "top1"))
     np.testing.assert_array_equal(logits, kept)
     exact = logits[:4].astype(np.float64)
     expected = exact[np.arange(4), targets[:4]] - np.log(np.exp(exact).sum(1))
-    np.testing.assert_allclose(scores.logprob[:4], expected, atol=4e-6)
-    assert not np.isfinite(scores.logprob[4:]).any()
-    assert scores.top1.tolist()[:4] == [True, False, False, False]
+    np.testing.assert_allclose(scores["logprob"][:4], expected, atol=4e-6)
+    assert not np.isfinite(scores["logprob"][4:]).any()
+    assert scores["top1"].tolist()[:4] == [True, False, False, False]
 
 
 def test_row_scores_do_not_depend_on_threads():
@@ -467,9 +470,9 @@ def test_row_scores_do_not_depend_on_threads():
     rng = np.random.default_rng(4)
     logits = rng.standard_normal((11, 301)).astype(np.float32)
     targets = rng.integers(0, 301, 11)
-    alone = _llama_batch.score_rows(logits, targets)
+    alone = _llama_batch.score_rows(logits, targets, ("logprob", "top1"))
     with ThreadPoolExecutor(3) as pool:
         for n_slices in (1, 3, 40):
-            shared = _llama_batch.score_rows(logits, targets, pool, n_slices)
-            np.testing.assert_array_equal(shared.logprob, alone.logprob)
-            np.testing.assert_array_equal(shared.top1, alone.top1)
+            shared = _llama_batch.score_rows(logits, targets, ("logprob", "top1"), pool, n_slices)
+            np.testing.assert_array_equal(shared["logprob"], alone["logprob"])
+            np.testing.assert_array_equal(shared["top1"], alone["top1"])

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from backend_calls import score_one
 from conftest import Runs
 from numpy.typing import NDArray
 
 from evalq.backend import LoadRequest
 from evalq.backends import hf
 from evalq.errors import ModelError
+
+HF = hf.HfBackend()
 
 TINY = {
     "hidden_size": 32,
@@ -53,7 +56,7 @@ def make(folder: Path, kind: str, **changes: Any) -> Path:
 
 
 def reference(
-    folder: Path, ids: NDArray[np.int64], start: int
+    folder: Path, ids: NDArray[np.int64], first_target: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The plain way: all logits at once, log-softmax in float64."""
     import torch
@@ -61,8 +64,8 @@ def reference(
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
-        logits = model(torch.from_numpy(ids)).logits[:, start:-1].double()
-    targets = torch.from_numpy(ids[:, start + 1 :])
+        logits = model(torch.from_numpy(ids)).logits[:, first_target - 1 : -1].double()
+    targets = torch.from_numpy(ids[:, first_target:])
     logprob = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     return logprob.numpy(), (logits.argmax(-1) == targets).numpy()
 
@@ -72,53 +75,57 @@ def request(folder: Path, **options: Any) -> LoadRequest:
 
 
 @pytest.mark.parametrize("kind", list(ARCHITECTURES))
-@pytest.mark.parametrize(("rows", "start", "chunk_mib"), [(1, 0, 96), (3, 25, 96), (2, 7, 0)])
+@pytest.mark.parametrize(("rows", "first_target", "chunk_mib"), [(1, 1, 96), (3, 26, 96), (2, 8, 0)])
 def test_scores_are_those_of_the_plain_way(
-    tmp_path: Path, kind: str, rows: int, start: int, chunk_mib: int
+    tmp_path: Path, kind: str, rows: int, first_target: int, chunk_mib: int
 ) -> None:
     folder = make(tmp_path / "m", kind)
     ids = np.random.default_rng(1).integers(0, 199, (rows, 40))
-    model = hf.load(request(folder, head_chunk_mib=chunk_mib))
+    model = HF.load(request(folder, head_chunk_mib=chunk_mib))
     assert model.handle.body is not None, "the head is split off for this architecture"
-    scores = hf.forward(model, ids, start)
-    logprob, top1 = reference(folder, ids, start)
-    assert scores.logprob.shape == (rows, 39 - start) and scores.logprob.dtype == np.float32
-    np.testing.assert_allclose(scores.logprob, logprob, atol=2e-5)
-    assert np.array_equal(scores.top1, top1)
-    hf.close(model)
+    scores = score_one(HF, model, ids, first_target)
+    logprob, top1 = reference(folder, ids, first_target)
+    assert scores["logprob"].shape == (rows, 40 - first_target) and scores["logprob"].dtype == np.float32
+    np.testing.assert_allclose(scores["logprob"], logprob, atol=2e-5)
+    assert np.array_equal(scores["top1"], top1)
+    HF.close(model)
     assert model.handle is None
 
 
 def test_head_that_cannot_be_split_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path / "m", "GraniteConfig")
     monkeypatch.setattr(hf, "_finish", lambda model, logits: logits * 1.5)  # an unknown scaling
-    model = hf.load(request(folder))
+    model = HF.load(request(folder))
     assert model.handle.body is None
     ids = np.random.default_rng(2).integers(0, 199, (2, 30))
-    np.testing.assert_allclose(hf.forward(model, ids, 4).logprob, reference(folder, ids, 4)[0], atol=2e-5)
+    np.testing.assert_allclose(
+        score_one(HF, model, ids, 5)["logprob"], reference(folder, ids, 5)[0], atol=2e-5
+    )
 
 
 def test_batches_do_not_change_scores(tmp_path: Path) -> None:
     folder = make(tmp_path / "m", "LlamaConfig")
-    model = hf.load(request(folder))
+    model = HF.load(request(folder))
     ids = np.random.default_rng(3).integers(0, 199, (4, 40))
-    together = hf.forward(model, ids, 10).logprob
-    alone = np.concatenate([hf.forward(model, row[None], 10).logprob for row in ids])
+    together = score_one(HF, model, ids, 11)["logprob"]
+    alone = np.concatenate([score_one(HF, model, row[None], 11)["logprob"] for row in ids])
     np.testing.assert_allclose(together, alone, atol=1e-5)
-    assert np.array_equal(hf.forward(model, ids, 10).logprob, together), "the same call gives the same bits"
+    assert np.array_equal(score_one(HF, model, ids, 11)["logprob"], together), (
+        "the same call gives the same bits"
+    )
 
 
 def test_last_token_is_never_an_input(tmp_path: Path) -> None:
     """A window one longer than the model's positions works, as lm-eval's windows need."""
     folder = make(tmp_path / "m", "GPT2Config", max_position_embeddings=39)
-    model = hf.load(request(folder))
+    model = HF.load(request(folder))
     assert model.max_positions == 39
     ids = np.random.default_rng(4).integers(0, 199, (1, 40))
-    assert hf.forward(model, ids, 0).logprob.shape == (1, 39)
+    assert score_one(HF, model, ids)["logprob"].shape == (1, 39)
 
 
 def test_facts_of_a_loaded_model(tmp_path: Path) -> None:
-    model = hf.load(request(make(tmp_path / "m", "LlamaConfig"), dtype="bfloat16", batch_windows=5))
+    model = HF.load(request(make(tmp_path / "m", "LlamaConfig"), dtype="bfloat16", batch_windows=5))
     assert (model.vocab_size, model.max_positions, model.dtype) == (199, 128, "bfloat16")
     assert model.batch_windows == 5 and model.device == "cpu" and model.tokenize is None
     assert {parameter.dtype for parameter in model.handle.model.parameters()} == {model.handle.model.dtype}
@@ -127,10 +134,10 @@ def test_facts_of_a_loaded_model(tmp_path: Path) -> None:
 def test_file_and_overlay_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="use load_fn"):
-        hf.load(request(tmp_path / "x.gguf"))
+        HF.load(request(tmp_path / "x.gguf"))
     folder = make(tmp_path / "m", "LlamaConfig")
     with pytest.raises(ModelError, match="EXL3"):
-        hf.load(LoadRequest(folder, 40, 39, {}, overlay=folder))
+        HF.load(LoadRequest(folder, 40, 39, {}, overlay=folder))
 
 
 def hf_spec(folder: Path, **more: Any) -> dict[str, Any]:

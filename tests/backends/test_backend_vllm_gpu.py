@@ -1,6 +1,6 @@
 """vLLM on CUDA GPUs: its scores, what it says when memory is short, what it leaves behind.
 
-    pytest -m gpu tests/test_backend_vllm_gpu.py
+    pytest -m gpu tests/backends/test_backend_vllm_gpu.py
 
 in an environment with evalq, transformers and a CUDA build of vLLM; about three minutes. The models are small
 and random, made here.

@@ -1,6 +1,6 @@
 """Adapters on CUDA engines: base with adapter gives what transformers gives with the adapter merged.
 
-    pytest -m gpu tests/test_lora_gpu.py
+    pytest -m gpu tests/backends/test_lora_gpu.py
 
 needs a CUDA GPU, transformers, and vLLM or exllamav3 or both.
 """

@@ -1,6 +1,6 @@
 """GPTQ and AWQ checkpoints for tests: the codes of compressed-tensors ones in the other two layouts.
 
-    python tests/other_int4.py {gptq,awq} SOURCE TARGET
+    python tests/support/other_int4.py {gptq,awq} SOURCE TARGET
 
 Run in a process of its own, because libraries warn while they are imported. Layouts: AutoGPTQ's
 `QuantLinear.pack` (zero points are stored less one) and AutoAWQ's `WQLinear_GEMM.from_linear` (outputs

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from evalq.backend import LoadedModel, LoadRequest
-from evalq.backends import _server_client, server
+from evalq.backends import _server_client
 from evalq.backends._server_contact import PROBE_IDS
+from evalq.backends.server import ServerBackend
 
 KEY = "sk-Kept-To-Itself-31415"
 IDS = np.array([[7, 3, 9, 4, 5]], np.int64)
@@ -187,6 +188,7 @@ def serving() -> Iterator[StandIn]:
 def loading(stand_in: StandIn, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     """Fixture `load`: loads from the stand-in with short pauses between tries, and hangs up at the end."""
     monkeypatch.setattr(_server_client, "PAUSE_SECONDS_MAX", 0.02)
+    server = ServerBackend()
     loaded: list[LoadedModel] = []
 
     def run(window_tokens: int = 256, **options: Any) -> LoadedModel:
