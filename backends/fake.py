@@ -9,6 +9,7 @@ Its `model_dir` is any directory with a `config.json`. The log-probabilities fol
 `misbehave` makes it fail the way engines do: see OPTIONS.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -44,6 +45,7 @@ OPTIONS = {
             "wrong-shape",
             "chatter",
             "no-top1",
+            "hold-interpreter",
         ),
         numeric=True,
     ),
@@ -150,6 +152,8 @@ def _misbehave(how: str | None, logprob: np.ndarray[Any, np.dtype[np.float32]]) 
         os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSEGV)
     if how == "hang":
         time.sleep(3600)
+    if how == "hold-interpreter":
+        ctypes.PyDLL(None).sleep(3600)  # a call that keeps Python's lock: no thread runs beside it
     if how == "nan":
         return np.full_like(logprob, np.nan)
     if how == "some-nan":

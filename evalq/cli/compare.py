@@ -66,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="instead of the data spec's, with its own stride: " + ", ".join(PROTOCOL_NAMES),
     )
+    what.add_argument(
+        "--reference",
+        metavar="LABEL",
+        help="compare the others with it (default: the unquantized model)",
+    )
     what.add_argument("--max-rows", type=count, metavar="N", help="at most N windows, for a quick look")
     plot = parser.add_argument_group("chart")
     plot.add_argument("-p", "--plot", action="store_true", help="draw bits per weight against perplexity")
@@ -131,7 +136,13 @@ def run(arguments: argparse.Namespace) -> int:
         os.environ["HF_HUB_OFFLINE"] = "1"
     store = Store(arguments.store or default_root())
     errors = Console(stderr=True)
-    settings = RunSettings(arguments.offline, arguments.timeout, arguments.clear_cache, arguments.try_anyway)
+    settings = RunSettings(
+        offline=arguments.offline,
+        timeout_seconds=arguments.timeout,
+        clear_cache=arguments.clear_cache,
+        try_anyway=arguments.try_anyway,
+        reference=arguments.reference,
+    )
     with ConsoleReporter(errors, len(specs), arguments.quiet) as reporter:
         records = compare(data, specs, store, settings, reporter)
     _print(arguments, records, errors)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from evalq.results.record import ResultRecord
-    from evalq.results.store import Store
+    from evalq.results.store import ResultDir, Store
 
 DESCRIPTION = """\
 What the store holds: one table for each group of results that can be compared, then those that are

@@ -211,8 +211,9 @@ class ResultDir:
         found = self.scores()
         if found is None or not found.belongs_to(plan):
             return False
-        known = self.run().get("columns_not_given", [])
-        return all(name in found.columns or name in known for name in names)
+        known = self.run().get("columns_not_given")
+        lacking = known if isinstance(known, list) else []
+        return all(name in found.columns or name in lacking for name in names)
 
     def tidy(self) -> None:
         """Remove the parts that a kill left beside a finished result, unless somebody is writing."""

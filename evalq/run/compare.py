@@ -67,17 +67,17 @@ def compare(
     text = load_text(data_spec, store.texts, settings.offline)
     models = [prepare(spec, store, settings.offline) for spec in specs]
     reference = choose([_candidate(model) for model in models], settings.reference)
-    if reference is not None:
-        models.sort(key=lambda model: model.spec.plain_label != reference.label)
     chosen = choose_tokenizer(data_spec, models, store, settings.offline)
     data = tokenized(data_spec, text, chosen, store, settings, reporter.status)
-    records = []
-    for model in models:
+    first = None if reference is None else reference.label
+    records: dict[str, ResultRecord] = {}
+    for model in sorted(models, key=lambda model: model.spec.plain_label != first):
         reporter.model(model.spec.plain_label, len(data.plan.windows))
         record, cached = _score(model, data, store, settings, reporter)
         reporter.record(record, cached)
-        records.append(record)
-    return _compared(records, models, reference, store, reporter)
+        records[record.label] = record
+    in_order = [records[model.spec.plain_label] for model in models]
+    return _compared(in_order, models, reference, store, reporter)
 
 
 def _candidate(model: PreparedModel | Unprepared) -> Candidate:
@@ -159,7 +159,7 @@ def _score(
 def _recalled(model: Unprepared, data: PreparedData, store: Store) -> tuple[ResultRecord, bool]:
     """A stored result of a model whose files are gone, else its failure."""
     if model.remembered is not None:
-        key = key_of({**data.comparison, **model.remembered.identity})
+        key = key_of({**data.comparison, **model.remembered})
         record = remembered_record(model, data, key, store.result(key))
         if record is not None:
             return record, True

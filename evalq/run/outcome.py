@@ -37,7 +37,7 @@ def scored_record(
     notes = [
         *model.spec.notes,
         *model.storage.findings,
-        *(note for note in run.get("notes", ()) if isinstance(note, str)),
+        *_texts(run.get("notes")),
         *_bos_notes(data.plan, data.stream.facts),
         *_count_notes(measured),
         *speed,
@@ -54,7 +54,7 @@ def scored_record(
         load_seconds=_number(run.get("load_seconds")),
         peak_memory_gib=None if speed else _number(run.get("peak_memory_gib")),
         engine_version=_engine_version(model),
-        scored_at=run.get("finished_at"),
+        scored_at=next(iter(_texts([run.get("finished_at")])), None),
         notes=list(dict.fromkeys(notes)),
         identity=identity,
         execution={
@@ -126,6 +126,11 @@ def _speed_notes(model: PreparedModel, scores: TokenColumns) -> list[str]:
         return []
     shown = ", ".join(f"{name} {value}" for name, value in sorted(was.items())) or "default options"
     return [f"a stored result, scored with {shown}: speed and memory of the options asked for are not known"]
+
+
+def _texts(value: Any) -> list[str]:
+    """The strings of a list of the store's JSON."""
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
 
 
 def _number(value: Any) -> float | None:

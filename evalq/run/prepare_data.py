@@ -13,6 +13,7 @@ from evalq.data.tokens import TokenStream, cut, read_stream
 from evalq.data.windows import ProtocolSettings, WindowPlan, plan_windows, stream_special_tokens
 from evalq.errors import DataError, ModelError
 from evalq.failures import remedy_of
+from evalq.files import read_json, write_json
 from evalq.registry import tokenizer_backend
 from evalq.results.metrics import TextScale
 from evalq.results.store import Store, key_of
@@ -20,6 +21,7 @@ from evalq.run.job import TokenizeJob
 from evalq.run.prepare_model import (
     PreparedModel,
     Unprepared,
+    spec_key,
     tokenizer_files,
     tokenizer_identity,
 )
@@ -58,14 +60,14 @@ class TokenizerChoice:
 
     Args:
         backend: that reads it.
-        path: its directory or file.
+        path: its directory or file; None where it is gone, and only its kept streams can be used.
         trust_remote_code: whether the checkpoint's own code may run.
         python: interpreter of the backend, None for this one.
         depends_on: what the ids depend on beside the text, for the store's key.
     """
 
     backend: str
-    path: Path
+    path: Path | None
     trust_remote_code: bool
     python: str | None
     depends_on: dict[str, Any]
@@ -97,8 +99,7 @@ def tokenized(
     tokens_file = store.tokens(key_of({"kind": "tokens", "text": text.sha256, "tokenizer": depends_on}))
     whole = read_stream(tokens_file)
     if whole is None:
-        say(f"tokenizing {text.name} with {chosen.path.name}")
-        _run_tokenizer(chosen, text, special, spec.chat_template, tokens_file, store, settings)
+        _run_tokenizer(chosen, text, special, spec.chat_template, tokens_file, store, settings, say)
         whole = read_stream(tokens_file)
     if whole is None:
         raise DataError(f"cannot read back the tokens {tokens_file}")
@@ -122,6 +123,8 @@ def choose_tokenizer(
 ) -> TokenizerChoice:
     """tokenizer_dir, else the first model's files, were its engine installed or not.
 
+    What the choice depends on is remembered, for a run whose models' files are gone.
+
     Raises:
         DataError: there is none.
         SpecError: tokenize_fn is no backend with tokenizers.
@@ -133,35 +136,39 @@ def choose_tokenizer(
             path = locate(stand_in, offline, tokenizer_only=True).path
         except ModelError as error:
             raise DataError(error.message, remedy_of(error)) from None
-        return _chosen(spec, path, False, store)
+        return _chosen(spec, stand_in, path, store)
     for model in models:
         if isinstance(model, PreparedModel) and tokenizer_files(model.files.path):
-            return _chosen(spec, model.files.path, model.spec.trust_remote_code, store)
+            return _chosen(spec, model.spec, model.files.path, store)
     for model in models:
         with contextlib.suppress(ModelError):
             path = locate(model.spec, offline, tokenizer_only=True).path
             if tokenizer_files(path):
-                return _chosen(spec, path, model.spec.trust_remote_code, store)
+                return _chosen(spec, model.spec, path, store)
     for model in models:
-        if isinstance(model, Unprepared) and model.remembered is not None:
-            remembered = model.remembered
-            return TokenizerChoice(
-                str(remembered.tokenizer.get("backend")), Path(), False, None, remembered.tokenizer
-            )
+        remembered = read_json(_memory(spec, model.spec, store))
+        if isinstance(remembered, dict):
+            return TokenizerChoice(str(remembered.get("backend")), None, False, None, remembered)
     reasons = [str(model.error) for model in models if isinstance(model, Unprepared)]
     raise DataError(
-        f"no model has tokenizer files{': ' if reasons else ''}{''.join(reasons[:1])}",
-        "set tokenizer_dir in the data spec to a directory with a tokenizer",
+        f"no model has tokenizer files, so there is no tokenizer{''.join(f': {why}' for why in reasons[:1])}",
+        "correct the models, or set tokenizer_dir in the data spec",
     )
 
 
-def _chosen(spec: DataSpec, path: Path, trust_remote_code: bool, store: Store) -> TokenizerChoice:
+def _chosen(spec: DataSpec, model: ModelSpec, path: Path, store: Store) -> TokenizerChoice:
     backend = tokenizer_backend(spec.tokenize_fn, path)
     depends_on = tokenizer_identity(backend, path, store)
     if depends_on is None:
         remedy = "set tokenizer_dir to a directory with a tokenizer"
         raise DataError(f"{path} holds no tokenizer files", remedy)
-    return TokenizerChoice(backend, path, trust_remote_code, engine_python(backend), depends_on)
+    write_json(_memory(spec, model, store), depends_on)
+    return TokenizerChoice(backend, path, model.trust_remote_code, engine_python(backend), depends_on)
+
+
+def _memory(spec: DataSpec, model: ModelSpec, store: Store) -> Path:
+    """Where what a model's tokenizer depends on is kept."""
+    return store.model(key_of({"tokenizer_of": spec_key(model), "tokenize_fn": spec.tokenize_fn}))
 
 
 def _run_tokenizer(
@@ -172,12 +179,14 @@ def _run_tokenizer(
     tokens_file: Path,
     store: Store,
     settings: RunSettings,
+    say: Callable[[str], None],
 ) -> None:
-    if not chosen.path.name:
+    if chosen.path is None:
         raise DataError(
             "the models' files are gone, and this text was not tokenized while they were there",
             "set tokenizer_dir in the data spec",
         )
+    say(f"tokenizing {text.name} with {chosen.path.name}")
     job = TokenizeJob(
         backend=chosen.backend,
         path=str(chosen.path.resolve()),

@@ -18,24 +18,11 @@ from evalq.errors import ModelError
 from evalq.files import read_json, write_json
 from evalq.inspect.consistency import require_sound
 from evalq.interpreters import versions
-from evalq.registry import Engine, resolve_engine, tokenizer_backend
+from evalq.registry import Engine, resolve_engine
 from evalq.results.record import ModelFacts
 from evalq.results.store import Store, key_of
 from evalq.spec import LoraSpec, ModelSpec
 from evalq.spec.config import engine_python, python_for
-
-
-@dataclass(frozen=True)
-class Remembered:
-    """What the store knows of a model spec's files from an earlier run.
-
-    Args:
-        identity: the model's part of a result's.
-        tokenizer: what the ids of its tokenizer depend on.
-    """
-
-    identity: dict[str, Any]
-    tokenizer: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,12 +32,12 @@ class Unprepared:
     Args:
         spec: as given.
         error: why not.
-        remembered: of its files, where they are gone and were there once; else None.
+        remembered: the model's part of a result's identity, where its files are gone and were there once.
     """
 
     spec: ModelSpec
     error: ModelError
-    remembered: Remembered | None = None
+    remembered: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,8 +115,7 @@ def _prepare(spec: ModelSpec, store: Store, offline: bool) -> PreparedModel:
         legacy |= {"lora": adapter.name, "lora_digest": lora}
         storage = _with_adapter(storage, adapter)
     identity = legacy if checkpoint.kind != "gguf" else legacy | _nameless(print_)
-    tokenizer = tokenizer_identity(tokenizer_backend("auto", files.path), files.path, store)
-    write_json(store.model(_spec_key(spec, engine)), {"identity": identity, "tokenizer": tokenizer or {}})
+    write_json(store.model(spec_key(spec)), identity)
     return PreparedModel(
         spec=spec,
         engine=engine,
@@ -152,8 +138,9 @@ def _nameless(print_: Fingerprint) -> dict[str, Any]:
     return {"model_digest": digest, "model_files": [["gguf", size] for _, size in print_.files]}
 
 
-def _spec_key(spec: ModelSpec, engine: Engine) -> str:
-    """What a model spec names, whatever lies there."""
+def spec_key(spec: ModelSpec) -> str:
+    """What a model spec names, whatever lies there. Raises SpecError."""
+    engine = resolve_engine(spec)
     names = {
         "path": os.path.abspath(spec.local(spec.main_dir)),
         "model_dir": spec.model_dir,
@@ -165,14 +152,9 @@ def _spec_key(spec: ModelSpec, engine: Engine) -> str:
     return key_of(names)
 
 
-def _recall(spec: ModelSpec, store: Store) -> Remembered | None:
-    found = read_json(store.model(_spec_key(spec, resolve_engine(spec))))
-    if not isinstance(found, dict):
-        return None
-    identity, tokenizer = found.get("identity"), found.get("tokenizer")
-    if not isinstance(identity, dict) or not isinstance(tokenizer, dict):
-        return None
-    return Remembered(identity, tokenizer)
+def _recall(spec: ModelSpec, store: Store) -> dict[str, Any] | None:
+    found = read_json(store.model(spec_key(spec)))
+    return found if isinstance(found, dict) else None
 
 
 def _facts(files: ModelFiles, checkpoint: Checkpoint) -> ModelFacts:

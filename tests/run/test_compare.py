@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import llama, llama_config, make_tiny, plain, write_model
 from conftest import Runs
+from processes import children, wait_for
 from safetensors.numpy import load_file
 
 
@@ -117,7 +118,7 @@ def test_worker_ends_with_its_parent(runs: Runs) -> None:
     models = runs.models({"options": {"misbehave": "hang"}})
     process = runs.process("-d", str(runs.data()), "-m", str(models), "-q", start_new_session=True)
     log = runs.folder / "store" / "results"
-    wait_for(lambda: list(log.glob("*/worker.log")))
+    wait_for(lambda: list(log.glob("*/worker*.log")))
     time.sleep(1)
     workers = [pid for pid in children(process.pid)]
     assert workers
@@ -205,10 +206,14 @@ def test_engine_that_prints_does_not_disturb(runs: Runs) -> None:
     assert "prints to standard output" in (only_result(runs) / "worker.log").read_text()
 
 
-def test_reference_is_scored_first(runs: Runs) -> None:
+def test_reference_is_scored_first_and_shown_in_its_place(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
     models = runs.models({"label": "A quant"}, {"label": "B full", "out_logits": "x", "options": {"seed": 1}})
     _, records = runs.compare(runs.data(), models)
-    assert [r["label"] for r in records] == ["B full", "A quant"]
+    assert [r["label"] for r in records] == ["A quant", "B full"]
+    shown = capsys.readouterr().err
+    assert shown.index("B full: PPL") < shown.index("A quant: PPL")
 
 
 def test_window_longer_than_positions(runs: Runs, tmp_path: Path) -> None:
@@ -261,18 +266,6 @@ def test_full_disk_loses_nothing_stored(runs: Runs) -> None:
     assert "cannot write" in errors and "free some space" in errors and "Traceback" not in errors
     assert kept.read_bytes() == before
     assert runs.compare(long, large)[0] == 0
-
-
-def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found]
-
-
-def wait_for(condition, seconds: float = 30) -> None:  # type: ignore[no-untyped-def]
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
 
 
 def test_models_are_compared_token_by_token_with_the_reference(runs: Runs) -> None:
