@@ -125,12 +125,14 @@ class Engine:
         forward: of the one that scores it.
         options: those of the spec over those its alias implies.
         numeric_options: the ones that change numbers by design.
+        notes: what of the spec has no meaning for this engine.
     """
 
     load: str
     forward: str
     options: dict[str, Any]
     numeric_options: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def loader(self) -> Backend:
@@ -153,11 +155,12 @@ def resolve_engine(spec: ModelSpec) -> Engine:
             f'leave fwd_fn out, or write "fwd_fn": "{spec.load_fn}"',
         )
     known = backend(alias.backend).options
-    options = alias.options | spec.options
+    chosen = spec.options_for(known)
+    options = alias.options | chosen.options
     for name, value in options.items():
-        _check_option(name, value, known, f"{spec.where}.options.{name}")
+        _check_option(name, value, known, chosen.where.get(name, f"{spec.where}.load_fn: {name}"))
     numeric = {name: value for name, value in sorted(options.items()) if known[name].numeric}
-    return Engine(alias.backend, forward, options, numeric)
+    return Engine(alias.backend, forward, options, numeric, chosen.notes)
 
 
 def _check_option(name: str, value: Any, known: Mapping[str, Option], where: str) -> None:

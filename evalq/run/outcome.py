@@ -36,6 +36,7 @@ def scored_record(
     speed = _speed_notes(model, scores)
     notes = [
         *model.spec.notes,
+        *model.engine.notes,
         *model.storage.findings,
         *_texts(run.get("notes")),
         *_bos_notes(data.plan, data.stream.facts),
@@ -96,7 +97,7 @@ def failed_record(
         **({} if model is None else _bits(model)),
         model=None if model is None else model.facts,
         engine_version=None if model is None else _engine_version(model),
-        notes=list(spec.notes),
+        notes=[*spec.notes, *(() if model is None else model.engine.notes)],
         identity=data.comparison if model is None else {**data.comparison, **model.identity},
         key=key,
     )
