@@ -108,8 +108,8 @@ def test_an_interpreter_whose_evalq_reads_other_messages_is_not_started(
     assert code == 2  # already the tokenizer's worker
 
 
-@pytest.mark.parametrize("seconds", ["1e10", "1e300"])
-def test_a_time_limit_beyond_what_can_be_waited_for_is_no_limit(runs: Runs, seconds: str) -> None:
+@pytest.mark.parametrize("seconds", ["1e9", "0.5e9"])
+def test_a_time_limit_of_decades_can_be_waited_for(runs: Runs, seconds: str) -> None:
     code, (record,) = runs.compare(runs.data(), runs.models({}), more=("--timeout", seconds))
     assert code == 0 and record["status"] == "ok"
 
