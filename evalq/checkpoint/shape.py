@@ -16,7 +16,7 @@ from evalq.checkpoint.hub import existing_path, open_model
 from evalq.checkpoint.shards import RawTensor
 from evalq.errors import SpecError
 
-_ORIGINAL = "a plan needs this field: take the original file"
+_ORIGINAL = "take the files of the original model"
 _EXPERT = re.compile(r"experts\.\d+\.")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,6})\.")
 OTHER_TOWERS = ("vision", "visual", "audio", "speech")
@@ -29,6 +29,8 @@ _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "intermediate_size_mlp")
 
 # More than any model has, and few enough to plan each: a number of layers is not believed beyond it.
 LAYERS_MAX = 10_000
+# Of different tensors, experts of a layer counted once; the largest models have some thousands.
+HEADERS_MAX = 200_000
 # No size of a model is larger; products of several stay far below the largest float.
 SIZE_MAX = 2**40
 
@@ -123,6 +125,8 @@ def make_shape(
         settings = config.get("quantization_config") or text.get("quantization_config")
         quantization = settings if isinstance(settings, dict) else {}
     headers = _collapsed(tensors)
+    if len(headers) > HEADERS_MAX:
+        raise SpecError(f"{name}: {len(headers):,} different tensors; no model has so many", _ORIGINAL)
     _require_layers(name, layers, headers)
     return ModelShape(
         name=name,

@@ -13,6 +13,7 @@ shown as they are; where it has only the two figures, rounded to 0.01 GiB, the v
 
 import math
 import re
+from shlex import quote
 
 from evalq.failures import CATEGORIES
 from evalq.vllm_memory.engine_run import EngineRun
@@ -77,7 +78,7 @@ def _has_option(version: str | None) -> bool:
 def _for_oom_load(run: EngineRun) -> tuple[str, ...]:
     total = f" --gpu-memory {run.device.total_gib:g}" if run.device.total_gib else ""
     if run.memory.weights_gib is None:
-        return (f"evalq plan {run.engine.model}{total} says what it needs and which split fits",)
+        return (f"evalq plan {quote(run.engine.model)}{total} says what it needs and which split fits",)
     return (
         f"the weights were loaded ({run.memory.weights_gib:.2f} GiB): lower max_num_batched_tokens or "
         "max_num_seqs, or set enforce_eager",

@@ -140,6 +140,12 @@ def test_escapes_of_a_terminal_are_shown_and_not_obeyed(tmp_path: Path) -> None:
     assert json.loads(as_json(runs))[1]["model"] == hostile
 
 
+def test_a_command_to_copy_quotes_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "odd.log"
+    path.write_text(Path(H100).read_text().replace("deepseek-ai/DeepSeek-R1", "a;$(id)"))
+    assert read_logs([str(path)])[0].recommendations[0].startswith("evalq plan 'a;$(id)' --gpu-memory 79.18")
+
+
 def test_a_cell_of_csv_is_no_formula(tmp_path: Path) -> None:
     path = tmp_path / "odd.log"
     path.write_text(Path(H200).read_text().replace("/models/pad", "=HYPERLINK(1)"))

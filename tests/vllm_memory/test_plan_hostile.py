@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from checkpoints import small_config, write_model
 
+from evalq.checkpoint import shape as shape_module
 from evalq.checkpoint.shape import SIZE_MAX, ModelShape, make_shape, read_shape
 from evalq.checkpoint.shards import RawTensor
 from evalq.cli.main import main
@@ -104,6 +105,15 @@ def test_towers_have_layers_of_their_own() -> None:
 
 def shape_of(tensors: list[RawTensor], **changes: Any) -> ModelShape:
     return make_shape("m", small_config(**changes), tensors)
+
+
+def test_more_tensors_than_any_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shape_module, "HEADERS_MAX", 100)
+    experts = [RawTensor(f"m.layers.0.experts.{i}.w", "BF16", (4, 4), Path("f"), 0, 32) for i in range(200)]
+    assert len(shape_of(experts, num_hidden_layers=1).headers) == 1
+    others = [RawTensor(f"t{i}", "BF16", (4, 4), Path("f"), 0, 32) for i in range(101)]
+    with pytest.raises(SpecError, match="101 different tensors; no model has so many"):
+        shape_of(others)
 
 
 @pytest.mark.parametrize(
