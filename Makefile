@@ -67,6 +67,20 @@ engine-vllm:
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable .
 	@$(call NAME_ENGINE,.venv-vllm)
 
+# transformers runs GPTQ and AWQ with gptqmodel, which pins another numpy and is built with the torch it runs on.
+GPTQ := .venv-gptq
+.PHONY: engine-gptq
+engine-gptq: $(GPTQ)/.done
+$(GPTQ)/.done: constraints.txt
+	$(PYTHON) -m venv $(GPTQ)
+	grep -v '^numpy=' constraints.txt > $(GPTQ)/constraints.txt
+	$(GPTQ)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(GPTQ)/constraints.txt \
+		$(PIP_EXTRA) 'setuptools>=77,<83' wheel torch
+	$(GPTQ)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(GPTQ)/constraints.txt \
+		$(PIP_EXTRA) --no-build-isolation gptqmodel==7.6.0 optimum==2.3.0 --editable '.[hf]'
+	@echo 'models of GPTQ or AWQ for hf: "python": "$(GPTQ)/bin/python" in their spec'
+	@touch $@
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
