@@ -44,6 +44,9 @@ class PairMetric:
         compute: Pair -> its estimate.
         unit: of its value.
         help: one line: formula and what it agrees with.
+        header: of its column in a table, "" keeps it out of tables.
+        digits: after the decimal point, in tables.
+        share: shown in percent.
     """
 
     name: str
@@ -51,6 +54,9 @@ class PairMetric:
     compute: Callable[[Pair], Estimate]
     unit: str
     help: str
+    header: str = ""
+    digits: int = 4
+    share: bool = False
 
 
 def ln_ratio(pair: Pair) -> Estimate:

@@ -10,6 +10,7 @@ itself when its parent is gone (standard input closes), whatever the engine is d
 
 import contextlib
 import ctypes
+import io
 import json
 import os
 import signal
@@ -34,6 +35,8 @@ def main() -> int:
     os.dup2(2, 1)
     _die_with_parent()
     told = _Emitter(out)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8")  # whatever PYTHONIOENCODING says of terminals
     line = sys.stdin.readline()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:

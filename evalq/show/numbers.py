@@ -23,3 +23,10 @@ def change_percent(ratio: float, stderr: float | None) -> str:
     if stderr is None or not math.isfinite(stderr):
         return f"{sign}{number(change, 2)} %"
     return f"{sign}{number(change, 2)} ± {number(100 * stderr, 2)} %"
+
+
+def estimate(value: float, stderr: float | None, digits: int, share: bool = False) -> str:
+    """A number with its standard error where there is one; a share in percent."""
+    scale, unit = (100.0, " %") if share else (1.0, "")
+    error = "" if stderr is None or not math.isfinite(stderr) else f" ± {number(scale * stderr, digits)}"
+    return f"{number(scale * value, digits)}{error}{unit}"

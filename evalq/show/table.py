@@ -2,24 +2,29 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 
+from evalq.results.metrics import METRICS, Estimate, Metric
+from evalq.results.paired import PAIR_METRICS, PairMetric
 from evalq.results.record import ResultRecord, require_comparable
 from evalq.show.columns import MAJOR, MINOR, Column, markdown_table, print_columns
 from evalq.show.console import say
-from evalq.show.numbers import NOTHING, change_percent, number
+from evalq.show.numbers import NOTHING, change_percent, estimate, number
 from evalq.show.plain import csv_cell, json_text, markdown_cell
 
 # compare_q's own keys first, so that its readers find them where they were.
-CSV_FIELDS = (
+_CSV_FIELDS = (
     "label layer_bpw head_bpw vram_gb ppl ppl_stderr status tokens_scored tokens_per_second load_seconds "
     "disk_gib format bits_per_byte word_ppl top1 tokens_nonfinite peak_memory_gib engine engine_version "
     "protocol key error error_category remedy reference ppl_ratio ln_ratio ln_ratio_stderr significant notes"
 ).split()
+# Rows of metrics that have a column of their own as the perplexity of the protocol.
+_HEADLINES = ("ppl", "word_ppl")
 ENOUGH_WINDOWS = 8
 _LONGEST_NAME_IN_HEADER = 16
 
@@ -95,8 +100,39 @@ def columns(table: Shown) -> list[Column[ResultRecord]]:
         name = f"vs {table.reference}" if short else "vs reference"
         change = "change of perplexity on the same tokens, ± its standard error"
         meaning = change if short else f"{change}; the reference is {table.reference}"
+        if any(r.against_reference.quantized for r in table.records if r.against_reference):
+            meaning += "; the reference is itself quantized"
         found.append(Column(name, _against, MAJOR, right=True, help=meaning))
+    found += _metric_columns(table.records)
     return [*found, Column("status", lambda r: _status(table, r), MAJOR, style=_status_style)]
+
+
+def _metric_columns(records: Sequence[ResultRecord]) -> list[Column[ResultRecord]]:
+    """A column for every row of metrics that has a header and that some record holds."""
+    rows: list[tuple[Metric | PairMetric, Callable[[ResultRecord], Estimate | None]]] = [
+        *((row, partial(_own_estimate, name=row.name)) for row in METRICS if row.name not in _HEADLINES),
+        *((row, partial(_pair_estimate, name=row.name)) for row in PAIR_METRICS),
+    ]
+    return [
+        Column(row.header, partial(_metric_text, row, get), MINOR, right=True, help=row.help)
+        for row, get in rows
+        if row.header and any(get(record) is not None for record in records)
+    ]
+
+
+def _own_estimate(record: ResultRecord, name: str) -> Estimate | None:
+    return record.metrics.get(name)
+
+
+def _pair_estimate(record: ResultRecord, name: str) -> Estimate | None:
+    return None if record.against_reference is None else record.against_reference.metrics.get(name)
+
+
+def _metric_text(
+    row: Metric | PairMetric, get: Callable[[ResultRecord], Estimate | None], record: ResultRecord
+) -> str:
+    found = get(record)
+    return "" if found is None else estimate(found.value, found.stderr, row.digits, row.share)
 
 
 def caption(records: Sequence[ResultRecord]) -> str:
@@ -150,7 +186,10 @@ def markdown(records: Sequence[ResultRecord]) -> str:
 def as_csv(records: Sequence[ResultRecord]) -> str:
     """One line per record, raw numbers; notes joined by "; "."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
+    metrics = [*(row.name for row in METRICS), *(row.name for row in PAIR_METRICS)]
+    estimates = [field for name in metrics for field in (name, f"{name}_stderr")]
+    fields = list(dict.fromkeys([*_CSV_FIELDS, *estimates]))
+    writer = csv.DictWriter(out, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for record in records:
         writer.writerow({name: csv_cell(value) for name, value in _flat(record).items()})
@@ -163,15 +202,22 @@ def as_json(records: Sequence[ResultRecord]) -> str:
 
 
 def _flat(record: ResultRecord) -> dict[str, Any]:
-    row = record.model_dump() | {"notes": "; ".join(record.notes), "error": ""}
+    row = (
+        record.model_dump() | {"notes": "; ".join(record.notes), "error": ""} | _plain_metrics(record.metrics)
+    )
     if record.error is not None:
         error = record.error
         row |= {"error": error.message, "error_category": error.category, "remedy": error.remedy}
     against = record.against_reference
     if against is not None:
-        names = ("ppl_ratio", "ln_ratio", "ln_ratio_stderr", "significant")
-        row |= {name: getattr(against, name) for name in names} | {"reference": against.label}
+        row |= _plain_metrics(against.metrics) | {"reference": against.label}
+        row |= {"ppl_ratio": against.ppl_ratio, "significant": against.significant}
     return row
+
+
+def _plain_metrics(metrics: Mapping[str, Estimate]) -> dict[str, float | None]:
+    values: dict[str, float | None] = {name: found.value for name, found in metrics.items()}
+    return values | {f"{name}_stderr": found.stderr for name, found in metrics.items()}
 
 
 def _unit(records: Sequence[ResultRecord]) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,26 @@ def test_nothing_is_made_or_changed(store: Runs, capsys: pytest.CaptureFixture[s
     assert "holds no results yet" in listed(capsys, "--store", "nowhere")
     assert json.loads(listed(capsys, "--store", "nowhere", "--json")) == []
     assert not Path("nowhere").exists()
+
+
+WATCHED = """
+import os, sys
+def watch(event, arguments):
+    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    if event == "open" and isinstance(arguments[2], int) and arguments[2] & writes:
+        assert not str(arguments[0]).startswith(sys.argv[1]), f"opened for writing: {arguments[0]}"
+    assert event not in ("os.mkdir", "os.rename", "os.remove", "os.utime", "os.chmod"), (event, arguments)
+from evalq.cli.main import main
+sys.addaudithook(watch)
+sys.exit(main(["results", "--store", sys.argv[1]]))
+"""
+
+
+def test_a_read_only_store_is_read(store: Runs) -> None:
+    """Nothing is opened for writing, which is all that a read-only store asks for."""
+    command = [sys.executable, "-c", WATCHED, str(store.folder / "store")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0 and GOOD in run.stdout, run.stderr
 
 
 def test_a_store_of_another_place_is_read(store: Runs, capsys: pytest.CaptureFixture[str]) -> None:

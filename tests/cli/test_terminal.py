@@ -95,5 +95,6 @@ def test_another_encoding_of_the_terminal_ends_nothing(runs: Runs) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     process = runs.process("-d", str(runs.data()), "-m", str(models), env=environment)
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in errors and "\\u6a21" in out
+    assert process.returncode == 1, errors
+    assert "Traceback" not in errors and "\\u6a21" in out
     assert Path(models).exists()

@@ -11,7 +11,9 @@ from markdown_it import MarkdownIt
 from result_records import against, failed, record, terminal
 from rich.cells import cell_len
 
-from evalq.results.record import ResultRecord
+from evalq.results.metrics import Estimate, Metric
+from evalq.results.paired import PairMetric
+from evalq.results.record import AgainstReference, ResultRecord
 from evalq.show import table
 
 LONG = "Llama-3.1-8B-Instruct GPTQ-INT4 group 128 act-order"
@@ -169,3 +171,37 @@ def test_csv_has_no_formula(start: str) -> None:
     first, second = rows_of([*records, failed("c", text, text)])[:2]
     assert first["label"].startswith("'") and first["notes"].startswith("'")
     assert second["reference"].startswith("'") and second["ln_ratio"] == "-0.5"
+
+
+def test_a_model_that_is_infinitely_worse_has_a_row() -> None:
+    records = [record("a"), record("b", math.inf, against_reference=against("a", 800.0, 5.0))]
+    out = on_terminal(records, 160)
+    assert "inf" in out and "b" in table.markdown(records) and len(rows_of(records)) == 2
+
+
+def test_a_row_of_metrics_is_a_column_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Metric("novelty", (), lambda found: None, "nats", "new", 3, "what it means", share=True)
+    pair = PairMetric("distance", (), lambda found: Estimate(value=0), "nats", "how far", "far", 2)
+    monkeypatch.setattr(table, "METRICS", (*table.METRICS, own))
+    monkeypatch.setattr(table, "PAIR_METRICS", (*table.PAIR_METRICS, pair))
+    ppl, ratio = Estimate(value=5.0), Estimate(value=0.1)
+    apart = AgainstReference(
+        label="a", metrics={"ln_ratio": ratio, "distance": Estimate(value=1.5, stderr=0.25)}
+    )
+    found = {"ppl": ppl, "novelty": Estimate(value=0.125, stderr=0.01)}
+    records = [record("a"), record("b", None, metrics=found, against_reference=apart)]
+    for text in (on_terminal(records, 200), table.markdown(records)):
+        assert "12.500 ± 1.000 %" in text and "1.50 ± 0.25" in text
+        assert "new: what it means" in text and "far: how far" in text
+    first, second = rows_of(records)
+    assert (first["novelty"], second["novelty"], second["novelty_stderr"]) == ("", "0.125", "0.01")
+    assert (first["distance"], second["distance"], second["distance_stderr"]) == ("", "1.5", "0.25")
+    assert "new" not in on_terminal([record("a")], 200)
+
+
+@pytest.mark.parametrize("quantized", [True, False, None])
+def test_a_quantized_reference_is_said(quantized: bool | None) -> None:
+    apart = against("Q8_0").model_copy(update={"quantized": quantized})
+    records = [record("Q8_0"), record("Q4_0", against_reference=apart)]
+    for text in (on_terminal(records, 160), table.markdown(records)):
+        assert ("reference is itself quantized" in text) == bool(quantized)
