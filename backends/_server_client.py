@@ -1,15 +1,20 @@
-"""HTTP to one server: bounded answers, bounded patience, and errors without the key.
+"""HTTP to one server: bounded answers, bounded patience, and nothing that shows the key.
 
 A request is repeated after 429 (too many requests), 5xx and a lost connection, with exponential back-off and
 jitter, or after what Retry-After asks for. Redirects are not followed: the key is for one host. Answers are
 read as they were sent (no compression), so their size on the wire is their size in memory.
 
+A server knows the key and may send it back in any text, its model's name included. So what it says is stored
+or shown only through `Client.shown`, and what goes wrong leaves the backend through `Client.keeping_key`.
+
 Source: https://www.rfc-editor.org/rfc/rfc9110 (status codes, Retry-After)
 """
 
+import contextlib
 import json
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -24,6 +29,8 @@ CONNECT_SECONDS = 10.0
 PAUSE_SECONDS_MAX = 30.0
 RETRY_AFTER_SECONDS_MAX = 600.0
 ERROR_BYTES_MAX = 65_536
+# Shorter ones are no secret, and are found in every other number and name.
+KEY_CHARACTERS_MIN = 4
 _START = "start the server (vllm serve ...) or correct base_url"
 _TRUST = "let an authority that this machine trusts sign the certificate, or name it in SSL_CERT_FILE"
 _RESUMES = "run again when the server is well: it continues where it was"
@@ -80,6 +87,32 @@ class Client:
     def close(self) -> None:
         """End all connections."""
         self._http.close()
+
+    def shown(self, text: str, limit: int = 120) -> str:
+        """A server's words, without the key, printable and short enough for one line."""
+        return clipped(self._without_key(text), limit)
+
+    @contextlib.contextmanager
+    def keeping_key(self) -> Iterator[None]:
+        """Take the key out of whatever is raised."""
+        try:
+            yield
+        except ModelError as error:
+            remedy = None if error.remedy is None else self._without_key(error.remedy)
+            raise type(error)(self._without_key(error.message), error.category, remedy) from None
+        except Exception as error:
+            words = str(error)
+            if self._without_key(words) == words:
+                raise
+            raise ModelError(f"{type(error).__name__}: {self.shown(words, 300)}", "engine_error") from None
+
+    def _without_key(self, text: str) -> str:
+        key = self.settings.key
+        if key is None or len(key) < KEY_CHARACTERS_MIN:
+            return text
+        for form in (key, key.encode("unicode_escape").decode("ascii")):
+            text = text.replace(form, "***")
+        return text
 
     def get(self, url: str, bytes_max: int) -> bytes:
         """An answer to GET; a server that is not there is not waited for. Raises ModelError, NotOffered."""
@@ -169,21 +202,26 @@ class Client:
         return NotOffered(message, "engine_error")
 
     def _clean(self, text: str) -> str:
-        """A server's words, without the key, printable and in one line."""
-        text = " ".join(text.split())
-        return clipped(text.replace(self.settings.key, "***") if self.settings.key else text, 300)
+        """A server's words about an error, their lines joined."""
+        return self.shown(" ".join(text.split()), 300)
 
 
 def _own_words(content: bytes) -> str:
-    """The message in an error's body: {"error": {"message": ...}} and its relatives, else the body."""
+    """The message in an error's body: {"error": {"message": ...}} and its relatives, else the body.
+
+    JSON comes without its escapes, in which a key would not be recognized.
+    """
     text = content.decode("utf-8", errors="replace")
     try:
-        found = json.loads(text)
+        found = decoded = json.loads(text)
+        while isinstance(found, dict):
+            named = [found[name] for name in ("error", "message", "detail") if name in found]
+            if not named:
+                break
+            found = named[0]
+        return found if isinstance(found, str) else json.dumps(decoded, ensure_ascii=False)
     except (ValueError, RecursionError):
         return text
-    while isinstance(found, dict):
-        found = next((found[name] for name in ("error", "message", "detail") if name in found), text)
-    return found if isinstance(found, str) else text
 
 
 def _wait_seconds(text: str) -> float:

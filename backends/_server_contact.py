@@ -12,7 +12,6 @@ import numpy as np
 from evalq.backends._server_client import Client, NotOffered
 from evalq.backends._server_scores import WAYS, Answer, Ids, ModelCard, ModelList, Version, Way, parsed
 from evalq.backends._vllm_scores import Row
-from evalq.checkpoint.damage import clipped
 from evalq.errors import ModelError
 
 # Any ids will do: the first question is whether there is an answer.
@@ -51,18 +50,18 @@ class Served:
 def find_served(client: Client) -> Served:
     """The model that the options name, at a server that scores prompts. Raises ModelError."""
     cards = _list(client)
-    card = _choose(cards, client.settings.model)
+    card = _choose(client, cards)
     # With several names for one model, vLLM answers with the first.
     names = {other.id for other in cards if other.root is not None and other.root == card.root} | {card.id}
     way, columns, fingerprint = _find_way(client, card.id)
     version = _version(client)
     engine = "vllm" if card.owned_by == "vllm" else "server"
-    versions = {engine: version or "unknown", "served_model": clipped(card.id)}
+    versions = {engine: version or "unknown", "served_model": client.shown(card.id)}
     if fingerprint is not None:
-        versions["fingerprint"] = clipped(fingerprint)
+        versions["fingerprint"] = client.shown(fingerprint)
     notes = [] if version or fingerprint else [UNKNOWN_VERSION]
     if card.parent is not None:
-        notes.append(f"the server puts the adapter {clipped(card.id)} on {clipped(card.parent)}")
+        notes.append(f"the server puts the adapter {client.shown(card.id)} on {client.shown(card.parent)}")
     return Served(card.id, frozenset(names), card, way, columns, fingerprint, versions, tuple(notes))
 
 
@@ -75,13 +74,14 @@ def score(client: Client, served: Served, ids_T: Ids, start: int, stop: Event) -
     answer, scores = _ask(client, served.way, served.name, ids_T, start, stop)
     if answer.model not in served.names:
         raise ModelError(
-            f'asked for the model "{served.name}", the server answered with "{clipped(answer.model)}"',
+            f'asked for the model "{client.shown(served.name)}", the server answered with '
+            f'"{client.shown(answer.model)}"',
             "engine_error",
         )
     if answer.system_fingerprint != served.fingerprint:
         raise ModelError(
-            f"another engine answers now: its fingerprint is {clipped(str(answer.system_fingerprint))}, "
-            f"that of the first answer {clipped(str(served.fingerprint))}",
+            f"another engine answers now: its fingerprint is {client.shown(str(answer.system_fingerprint))}, "
+            f"that of the first answer {client.shown(str(served.fingerprint))}",
             "engine_error",
             "run again: a server that was started anew with other settings is scored anew",
         )
@@ -118,16 +118,17 @@ def _list(client: Client) -> list[ModelCard]:
     return cards
 
 
-def _choose(cards: list[ModelCard], name: str | None) -> ModelCard:
-    """The named model, or the only one, which may have several names."""
-    listed = ", ".join(f'"{clipped(card.id)}"' for card in cards[:20]) or "none"
+def _choose(client: Client, cards: list[ModelCard]) -> ModelCard:
+    """The model that the options name, or the only one, which may have several names."""
+    name = client.settings.model
+    listed = ", ".join(f'"{client.shown(card.id)}"' for card in cards[:20]) or "none"
     found = [card for card in cards if name in (None, card.id)]
     if len({card.root or card.id for card in found}) == 1:
         return found[0]
     if name is None:
         problem = f"the server lists {len(cards)} models: {listed}"
         raise ModelError(problem, "bad_option", 'name one as "model" in the options')
-    raise ModelError(f'the server has no model "{clipped(name)}"', "model_missing", f"it lists {listed}")
+    raise ModelError(f'the server has no model "{client.shown(name)}"', "model_missing", f"it lists {listed}")
 
 
 def _version(client: Client) -> str | None:
@@ -137,7 +138,7 @@ def _version(client: Client) -> str | None:
         found: Version = parsed(Version, client.get(url, LIST_BYTES_MAX), url)
     except NotOffered:
         return None
-    return clipped(found.version)
+    return client.shown(found.version)
 
 
 def _find_way(client: Client, model: str) -> tuple[Way, tuple[str, ...], str | None]:

@@ -21,7 +21,6 @@ from pydantic import BaseModel, ValidationError
 
 from evalq.backends._server_client import NotOffered
 from evalq.backends._vllm_scores import LN_HALF, Row
-from evalq.checkpoint.damage import clipped
 from evalq.columns import LOGPROB, TOP1, TOP1_BOUND
 from evalq.errors import ModelError
 
@@ -93,7 +92,7 @@ def parsed(kind: type[_M], content: bytes, url: str) -> _M:
         return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = clipped(".".join(str(part) for part in first["loc"]))
+        place = _whole(".".join(str(part) for part in first["loc"]))
         message = f"{url} answers something else than expected: {place}{': ' if place else ''}{first['msg']}"
         raise NotOffered(message, "engine_error") from None
 
@@ -192,8 +191,14 @@ def _missing(at: int) -> ModelError:
 
 
 def _other_token(found: str, token: int, at: int) -> ModelError:
-    message = f"the server scored token {clipped(found)} where the window has {token} (position {at})"
+    message = f"the server scored token {_whole(found)} where the window has {token} (position {at})"
     return ModelError(message, "engine_error")
+
+
+def _whole(text: str, limit: int = 120) -> str:
+    """A server's words, printable. Never cut: half a key would not be recognized."""
+    shown = text.encode("unicode_escape").decode("ascii")
+    return shown if len(shown) <= limit else f"(a text of {len(text)} characters)"
 
 
 def _checked(logprobs: list[float], ids_T: Ids, start: int) -> NDArray[np.float32]:

@@ -56,7 +56,8 @@ class ServerBackend(Backend):
         Raises:
             ModelError: a window could not be scored, or its answer is not one for it.
         """
-        return _scored(model.handle, batches)
+        with model.handle.client.keeping_key():
+            yield from _scored(model.handle, batches)
 
     def close(self, model: LoadedModel) -> None:
         """End the connections; the server goes on."""
@@ -67,7 +68,8 @@ class ServerBackend(Backend):
         """What the numbers depend on at the server, the engine first. Raises ModelError."""
         client = Client(read_settings(dict(options)))
         try:
-            return dict(find_served(client).versions)
+            with client.keeping_key():
+                return dict(find_served(client).versions)
         finally:
             client.close()
 
@@ -78,14 +80,16 @@ def _load(request: LoadRequest) -> LoadedModel:
     checkpoint = open_checkpoint(request.path)
     client = Client(read_settings(request.options))
     try:
-        served = _checked(client, request)
-    except ModelError:
+        with client.keeping_key():
+            served = _checked(client, request)
+    except Exception:
         client.close()
         raise
     notes = list(served.notes)
     root = served.card.root
     if root is not None and serves_elsewhere(root, request.path):
-        notes.append(f'the server says that it serves "{root}"; the bits are those of {request.path.name}')
+        said = client.shown(root, 300)
+        notes.append(f'the server says that it serves "{said}"; the bits are those of {request.path.name}')
     return LoadedModel(
         handle=_Handle(client, served),
         vocab_size=checkpoint.vocab_size or request.token_ids_max + 1,

@@ -207,7 +207,7 @@ def test_what_identifies_the_numbers(stand_in: StandIn, load: Load) -> None:
 
     stand_in.version = None
     stand_in.cards[0]["owned_by"] = "somebody"
-    stand_in.answer = lambda body, answer=stand_in.answer: answer(body) | {"system_fingerprint": None}  # type: ignore[method-assign]
+    stand_in.fingerprint = None
     assert SERVER.remote_versions({"base_url": stand_in.url}) == {"server": "unknown", "served_model": "m"}
     assert "does not tell its version" in load().notes[0]
 

@@ -29,7 +29,7 @@ class StandIn:
 
     The log-probability of a window's token i is -i - (first id) / 1000 and token 1 is the top one. `script`
     holds how the next windows are answered instead (the probe of load() is always answered well), `edit`
-    changes every window's answer.
+    changes every window's answer, `on_visit` whatever it likes when a contact begins.
     """
 
     def __init__(self, certificate: Path | None = None) -> None:
@@ -37,6 +37,10 @@ class StandIn:
         self.key: str | None = None
         self.ways = ("prompt_logprobs", "echo")
         self.version: dict[str, Any] | None = {"version": "1.2.3"}
+        self.fingerprint: str | None = "stand-in-1"
+        self.gives_top = True  # in echoes: the most probable token beside the prompt's
+        self.visits = 0  # how often its models were listed, with which every contact begins
+        self.on_visit: Callable[[int], None] = lambda visit: None
         self.edit: Callable[[dict[str, Any]], Any] = lambda answer: answer
         self.script: list[Callable[[Handler], None]] = []
         self.headers: list[dict[str, str]] = []
@@ -59,6 +63,9 @@ class StandIn:
         self.thread.join()
 
     def get(self, handler: Handler) -> None:
+        if handler.path == "/v1/models":
+            self.visits += 1
+            self.on_visit(self.visits)
         listing = {"/v1/models": {"data": self.cards}, "/version": self.version}.get(handler.path)
         if self.key is not None and handler.headers["Authorization"] != f"Bearer {self.key}":
             sent = handler.headers["Authorization"]
@@ -102,8 +109,10 @@ class StandIn:
         if body.get("echo") and "echo" in self.ways:
             tokens = [f"token_id:{token}" for token in ids]
             best = [None, *({"token_id:0": -1.5, tokens[i]: values[i]} for i in range(1, len(ids)))]
-            choice["logprobs"] = {"tokens": tokens, "token_logprobs": values, "top_logprobs": best}
-        return {"model": "m", "choices": [choice], "system_fingerprint": "stand-in-1"}
+            top = {"top_logprobs": best} if self.gives_top else {}
+            choice["logprobs"] = {"tokens": tokens, "token_logprobs": values} | top
+        name = self.cards[0]["id"] if self.cards else "m"
+        return {"model": name, "choices": [choice], "system_fingerprint": self.fingerprint}
 
 
 def _server(stand_in: StandIn) -> ThreadingHTTPServer:
