@@ -11,11 +11,11 @@ Digests are cached by (real path, size, mtime, ctime, inode). Whoever replaces a
 but not its ctime, which the kernel sets.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from evalq.errors import ModelError
+from evalq.errors import ModelError, StoreError
+from evalq.files import write_atomic
 
 WHOLE_BYTES_MAX = 2**30
 _HEAD_BYTES = 16 * 2**20
@@ -173,18 +174,8 @@ def _is_entry(entry: Any) -> bool:
 
 def _write_cache(cache: Path, fresh: dict[str, list[Any]]) -> None:
     """Add digests to the cache. A cache that cannot be written costs time, never a result."""
-    temporary: str | None = None
-    try:
+    with contextlib.suppress(OSError, Timeout, StoreError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{cache}.lock", timeout=_LOCK_SECONDS):
             text = json.dumps({**_read_cache(cache), **fresh}, indent=0)
-            descriptor, temporary = tempfile.mkstemp(dir=cache.parent, prefix=f".{cache.name}.")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(text)
-            os.replace(temporary, cache)
-            temporary = None
-    except (OSError, Timeout):
-        pass
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            write_atomic(cache, text.encode())

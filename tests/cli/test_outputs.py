@@ -47,6 +47,8 @@ def test_files_have_the_mode_of_the_umask(runs: Runs) -> None:
         os.umask(before)
     for name in ("t.csv", "t.md", "c.png", "records.json"):
         assert stat.S_IMODE(Path(name).stat().st_mode) == 0o640, name
+    for file in (runs.folder / "store").rglob("*"):
+        assert stat.S_IMODE(file.stat().st_mode) == (0o750 if file.is_dir() else 0o640), file
 
 
 def test_links_and_devices_stay_what_they_are(runs: Runs) -> None:
