@@ -15,6 +15,7 @@ from evalq.checkpoint import damage
 from evalq.checkpoint.bits import StorageReport
 from evalq.checkpoint.gguf import measure_headers
 from evalq.checkpoint.gguf_header import GgufHeader, read_split
+from evalq.checkpoint.provenance import Provenance, provenance
 from evalq.checkpoint.safetensors import QUANTIZATION_FILES, Contents, measure, read_contents
 from evalq.checkpoint.shards import read_json
 
@@ -58,6 +59,7 @@ class Checkpoint:
         files: what the scores depend on: weights, index, config, quantization settings, model code. Empty for
             a model on the hub.
         tokenizer_files: what the tokens depend on (inside the file for GGUF: empty).
+        provenance: the commands of evalq that made it, None for all other checkpoints.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Checkpoint:
     commit: str | None = None
     files: tuple[Path, ...] = ()
     tokenizer_files: tuple[Path, ...] = ()
+    provenance: Provenance | None = None
 
     @property
     def kind(self) -> Literal["safetensors", "gguf"]:
@@ -163,6 +166,7 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
         lora_metadata=read_lora(path),
         files=_files(path, contents),
         tokenizer_files=_existing(path, _TOKENIZER_FILES),
+        provenance=provenance(path),
     )
 
 

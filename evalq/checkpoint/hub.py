@@ -13,6 +13,7 @@ from evalq.checkpoint.gguf import measure_headers
 from evalq.checkpoint.gguf_header import GgufHeader, parse_gguf_header, require_one_model, split_names
 from evalq.checkpoint.headers import LORA_FILE, Checkpoint, open_checkpoint, read_lora
 from evalq.checkpoint.hub_access import HubName, hub_answers, hub_errors, hub_name
+from evalq.checkpoint.provenance import PROVENANCE_FILE, provenance
 from evalq.checkpoint.safetensors import (
     QUANTIZATION_FILES,
     group,
@@ -85,12 +86,18 @@ def _open_safetensors(name: str, info: Any) -> Checkpoint:
     }
     if "config.json" not in files:
         raise ModelError(f"{name}: no config.json in this repository", "model_missing")
-    for file in {"config.json", LORA_FILE, *QUANTIZATION_FILES}.intersection(files):
+    for file in {"config.json", LORA_FILE, PROVENANCE_FILE, *QUANTIZATION_FILES}.intersection(files):
         folder = Path(hf_hub_download(info.id, file, revision=info.sha)).parent
     config = read_config(folder)
     contents = group(tensors, config, quantization_config(folder, config), None)
     return Checkpoint(
-        name, Path(name), measure(contents), contents, lora_metadata=read_lora(folder), commit=info.sha
+        name,
+        Path(name),
+        measure(contents),
+        contents,
+        lora_metadata=read_lora(folder),
+        commit=info.sha,
+        provenance=provenance(folder),
     )
 
 

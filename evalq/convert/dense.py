@@ -11,55 +11,74 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from evalq.checkpoint.safetensors import QUANTIZATION_FILES, Contents, Logical, read_config
+from evalq.checkpoint.adapter import Adapter
+from evalq.checkpoint.fingerprint import fingerprint
+from evalq.checkpoint.headers import LORA_FILE, Checkpoint
+from evalq.checkpoint.provenance import PROVENANCE_FILE, Provenance, Step, write_provenance
+from evalq.checkpoint.safetensors import QUANTIZATION_FILES, Contents, Logical
 from evalq.convert.shards import SHARD_BYTES, ShardWriter
 from evalq.convert.target import new_directory
 from evalq.convert.unpack.decode import codes_of, read_weight, require_decodable
 from evalq.errors import SpecError, StoreError
+from evalq.version import __version__
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Weights of other containers and indexes of the old shards do not go along.
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".msgpack", ".h5", ".onnx"}
 )
-_LEFT_OUT = frozenset({"config.json", "lora_metadata.json", *QUANTIZATION_FILES})
+_LEFT_OUT = frozenset({"config.json", LORA_FILE, PROVENANCE_FILE, *QUANTIZATION_FILES})
 # Scales of a quantized KV cache.
 _KV_ENDINGS = (".k_scale", ".v_scale", ".q_scale", ".prob_scale", ".k_zero_point", ".v_zero_point")
 
-Edit = Callable[[str, torch.Tensor], torch.Tensor]
+
+class Merged(Protocol):
+    """An adapter on its way into the weights."""
+
+    adapter: Adapter
+    changed: list[str]
+
+    def add(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A weight, quantized ones in float32, with its part of the adapter; the result is rounded."""
+        ...
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a conversion wrote: how many weights, how many of them were quantized, bytes of all."""
+    """What a conversion wrote.
+
+    Args:
+        weights: how many.
+        dequantized: how many of them were quantized.
+        bytes: of all.
+        changed: how many an adapter changed.
+    """
 
     weights: int
     dequantized: int
     bytes: int
+    changed: int = 0
 
 
 def write_dense(
-    contents: Contents,
-    source: Path,
+    source: Checkpoint,
     target: Path,
     dtype: str | None = None,
-    edit: Edit = lambda name, tensor: tensor,
+    merged: Merged | None = None,
     track: Callable[[Iterable[Logical]], Iterable[Logical]] = iter,
     shard_bytes: int = SHARD_BYTES,
 ) -> Written:
     """Write a checkpoint directory with dense weights, the tokenizer and a config without quantization.
 
     Args:
-        contents: headers of the checkpoint.
-        source: its directory.
+        source: the checkpoint, a directory of safetensors files.
         target: the directory to make; it appears when it is complete.
         dtype: one of DTYPES; None is bfloat16 for a quantized checkpoint, the checkpoint's own for others.
-        edit: called with every weight's name and tensor, quantized ones in float32; what it returns is
-            rounded and written.
+        merged: an adapter to add to the weights, None for none.
         track: wraps the weights on their way through, to show progress.
         shard_bytes: of one file of the result.
 
@@ -68,8 +87,10 @@ def write_dense(
         SpecError: the target exists, or lies inside the source.
         StoreError: it cannot be written.
     """
-    if source.resolve() in target.resolve().parents:
-        raise SpecError(f"{target} lies inside {source}", "name a directory elsewhere")
+    if source.path.resolve() in target.resolve().parents:
+        raise SpecError(f"{target} lies inside {source.path}", "name a directory elsewhere")
+    contents = source.contents
+    assert contents is not None
     require_decodable(contents)
     quantized = sum(weight.family is not None for weight in contents.logical)
     if dtype is None and quantized:
@@ -84,13 +105,37 @@ def write_dense(
             for weight in group:
                 name, tensor = weight.bits.name, read_weight(file, weight, contents, exact=True)
                 rounded = _rounded_to(tensor, weight, dtype)
-                writer.add(name, edit(name, tensor).to(rounded))
+                writer.add(name, (tensor if merged is None else merged.add(name, tensor)).to(rounded))
         writer.finish()
-        _copy_files(source, partial)
+        _copy_files(source.path, partial)
+        changed = 0 if merged is None else len(merged.changed)
+        step = _step(source, quantized, dtype, merged)
+        write_provenance(partial, Provenance((*(source.provenance.steps if source.provenance else ()), step)))
         # Last, so that what is there without it is no model to anyone.
-        config = _dense_config(read_config(source), dtype)
+        config = _dense_config(contents.config, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return Written(len(weights), quantized, writer.total_bytes)
+    return Written(len(weights), quantized, writer.total_bytes, changed)
+
+
+def _step(source: Checkpoint, quantized: int, dtype: str | None, merged: Merged | None) -> Step:
+    """What is done here, for whoever opens the result."""
+    return Step(
+        command="dequantize" if merged is None else "merge-lora",
+        source=_text(source.path.resolve().name),
+        source_digest=fingerprint(source.files, None).digest,
+        source_format=source.storage.format,
+        dequantized=quantized,
+        dtype=dtype,
+        adapter=None if merged is None else _text(merged.adapter.name),
+        adapter_digest=None if merged is None else fingerprint(merged.adapter.files, None).digest,
+        changed=0 if merged is None else len(merged.changed),
+        evalq=__version__,
+    )
+
+
+def _text(name: str) -> str:
+    """The name of a file as text; bytes that are none stay visible."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_scale(weight: Logical, contents: Contents) -> bool:

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from evalq.checkpoint.headers import is_gguf
-from evalq.checkpoint.safetensors import Contents, Logical, read_contents
+from evalq.checkpoint.headers import Checkpoint, is_gguf, open_checkpoint
+from evalq.checkpoint.safetensors import Logical
 from evalq.convert.dense import Written, write_dense
 from evalq.errors import ModelError
 
@@ -28,15 +28,16 @@ def dequantize(
         SpecError: the target exists.
         StoreError: it cannot be written.
     """
-    contents = open_directory(source)
-    if all(weight.family is None for weight in contents.logical):
+    checkpoint = open_directory(source)
+    assert checkpoint.contents is not None
+    if all(weight.family is None for weight in checkpoint.contents.logical):
         raise ModelError(
             f"{source} is not quantized", "unsupported_format", "there is nothing to do: use it as it is"
         )
-    return write_dense(contents, source, target, dtype, track=track)
+    return write_dense(checkpoint, target, dtype, track=track)
 
 
-def open_directory(path: Path) -> Contents:
+def open_directory(path: Path) -> Checkpoint:
     """Read the headers of a checkpoint directory. Raises ModelError, for a GGUF file too."""
     if not path.exists():
         remedy = "for a model of the hub, first: hf download OWNER/NAME --local-dir DIRECTORY"
@@ -47,4 +48,4 @@ def open_directory(path: Path) -> Contents:
             "unsupported_format",
             "name the checkpoint directory that it was made from",
         )
-    return read_contents(path)
+    return open_checkpoint(path)

@@ -57,10 +57,10 @@ def merge_lora(
         StoreError: it cannot be written.
     """
     require_new(target)
-    contents = open_directory(base)
+    checkpoint = open_directory(base)
     adapter = read_adapter(adapter_path)
     _require_mergeable(adapter)
-    shapes = contents.linear_shapes
+    shapes = checkpoint.linear_shapes
     if "lm_head" in adapter.features and "lm_head" not in shapes:
         raise ModelError(
             f"adapter {adapter.name} changes lm_head, which is the embedding of {base}: "
@@ -68,8 +68,7 @@ def merge_lora(
             "bad_adapter",
         )
     require_fits(adapter, shapes)
-    delta = _Delta(adapter, shapes)
-    return write_dense(contents, base, target, dtype, edit=delta.add, track=track)
+    return write_dense(checkpoint, target, dtype, _Delta(adapter, shapes), track)
 
 
 def _require_mergeable(adapter: Adapter) -> None:
@@ -92,6 +91,8 @@ class _Delta:
     """What an adapter adds to each weight."""
 
     def __init__(self, adapter: Adapter, base_shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.adapter = adapter
+        self.changed: list[str] = []
         self._file = adapter.path / WEIGHTS_FILE
         self._config = read_json(adapter.path / CONFIG_FILE)
         self._alphas = _alphas(self._config.get("alpha_pattern"), adapter)
@@ -109,7 +110,6 @@ class _Delta:
                 if tensor not in self._stored:
                     raise corrupt(self._file, f'has no "{clipped(tensor)}"')
         self._alpha = adapter.alpha
-        self.changed: list[str] = []
 
     def add(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight, in float32 with its part of the adapter if it has one."""

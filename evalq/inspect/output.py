@@ -80,6 +80,8 @@ def _print_facts(found: Inspection, console: Console) -> None:
         ("head", _head(found)),
         ("LoRA", _lora(found)),
     ]
+    if found.checkpoint.provenance is not None:
+        rows.append(("made by", str(found.checkpoint.provenance)))
     columns = [
         Column[tuple[str, str]]("", lambda row: row[0], style=lambda row: "bold"),
         Column[tuple[str, str]]("", lambda row: row[1], folds=True),
@@ -178,11 +180,13 @@ def _print_tensors(found: Inspection, console: Console) -> None:
 def as_json(found: Inspection, per_tensor: bool) -> str:
     """The same as a JSON object; keys only come, they do not change their meaning within a version."""
     storage = found.checkpoint.storage
+    made = found.checkpoint.provenance
     value: dict[str, Any] = {
         "version": JSON_VERSION,
         "model": found.checkpoint.name,
         "commit": found.checkpoint.commit,
         "container": storage.container,
+        "provenance": None if made is None else [asdict(step) for step in made.steps],
         **asdict(found.facts),
         "disk_bytes": storage.disk_bytes,
         "layer_bpw": storage.layer_bpw,

@@ -27,5 +27,6 @@ def track(weights: Iterable["Logical"]) -> Iterable["Logical"]:
 def report(target: Path, written: "Written") -> None:
     """The last line."""
     dense = f"{written.dequantized} of them dequantized" if written.dequantized else "none was quantized"
-    line = f"{target}: {written.weights} weights, {dense}, {written.bytes / 2**30:.2f} GiB"
+    merged = f", {written.changed} changed by the adapter" if written.changed else ""
+    line = f"{target}: {written.weights} weights, {dense}{merged}, {written.bytes / 2**30:.2f} GiB"
     print(plain(line), file=sys.stderr)

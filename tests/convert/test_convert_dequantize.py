@@ -14,6 +14,8 @@ import torch
 from convert_cases import FLOATS, compress, config, loaded, split, tensors, write_layers
 
 from evalq.backend import LoadRequest
+from evalq.checkpoint.headers import open_checkpoint
+from evalq.checkpoint.provenance import PROVENANCE_FILE
 from evalq.checkpoint.safetensors import read_contents
 from evalq.cli import dequantize as dequantize_command
 from evalq.convert.dense import write_dense
@@ -109,7 +111,9 @@ def test_tokenizer_and_the_rest_go_along(checkpoints: Path, tmp_path: Path) -> N
     names = [
         p.relative_to(tmp_path / "dense").as_posix() for p in (tmp_path / "dense").rglob("*") if p.is_file()
     ]
-    assert sorted(names) == sorted([*kept, "config.json", "generation_config.json", "model.safetensors"])
+    assert sorted(names) == sorted(
+        [*kept, "config.json", PROVENANCE_FILE, "generation_config.json", "model.safetensors"]
+    )
     assert (tmp_path / "dense" / "vocab.txt").read_text() == "vocab.txt"
 
 
@@ -117,7 +121,7 @@ def test_shards_in_and_shards_out(checkpoints: Path, tmp_path: Path) -> None:
     source = split(checkpoints / "W4A16_ASYM", tmp_path / "split", 3)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     dequantize(checkpoints / "W4A16_ASYM", whole)
-    written = write_dense(read_contents(source), source, parts, shard_bytes=600_000)
+    written = write_dense(open_checkpoint(source), parts, shard_bytes=600_000)
     files = sorted(path.name for path in parts.glob("*.safetensors"))
     assert len(files) > 3
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -327,7 +331,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from evalq.convert import dense
-from evalq.checkpoint.safetensors import read_contents
+from evalq.checkpoint.headers import open_checkpoint
 source = Path(sys.argv[1])
 def slowly(weights):
     for index, weight in enumerate(weights):
@@ -335,7 +339,7 @@ def slowly(weights):
             print("half", flush=True)
             time.sleep(60)
         yield weight
-dense.write_dense(read_contents(source), source, Path(sys.argv[2]), track=slowly, shard_bytes=100_000)
+dense.write_dense(open_checkpoint(source), Path(sys.argv[2]), track=slowly, shard_bytes=100_000)
 """
 
 
@@ -363,11 +367,11 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from evalq.convert.dense import write_dense
-from evalq.checkpoint.safetensors import read_contents
+from evalq.checkpoint.headers import open_checkpoint
 source = Path(sys.argv[1])
-contents = read_contents(source)
+checkpoint = open_checkpoint(source)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write_dense(contents, source, Path(sys.argv[2]), shard_bytes=16 << 20)
+write_dense(checkpoint, Path(sys.argv[2]), shard_bytes=16 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
