@@ -105,7 +105,8 @@ def test_tokenizer_and_the_rest_go_along(checkpoints: Path, tmp_path: Path) -> N
     for name in kept + left:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(name)
-    (source / "hf_quant_config.json").write_text("{}")
+    for name in ("hf_quant_config.json", "lora_metadata.json"):
+        (source / name).write_text("{}")
     (source / "old.index.json").unlink()
     assert run(source, tmp_path / "dense") == 0
     names = [
