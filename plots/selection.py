@@ -11,10 +11,10 @@ from typing import Literal, get_args
 from evalq.errors import SpecError
 from evalq.plots.style import usable
 from evalq.results.record import ResultRecord, require_comparable
+from evalq.results.reference import UNQUANTIZED_BPW
 from evalq.show.plain import plain
 
 Axis = Literal["bpw", "vram"]
-UNQUANTIZED_BPW = 16.0
 FARTHEST = 10_000.0  # times the best perplexity: a broken model must not press the others into one line
 LARGEST_PPL = 1e12
 LARGEST_X = 1e6
@@ -180,8 +180,7 @@ def select(records: Sequence[ResultRecord], options: ChartOptions) -> Selection:
         raise SpecError("nothing to draw: no results were given", "score at least one model first")
     require_comparable(list(records))
     against = next((r.against_reference.label for r in records if r.against_reference), None)
-    reference = next((r for r in records if r.label == against), None)
-    quantized = None if reference is None or _is_unquantized(reference) else reference.label
+    quantized = _quantized_reference(records)
     found = Selection([], {}, [], [], [], records[0].unit, False, against, quantized)
     points = []
     for record in records:
@@ -201,6 +200,18 @@ def select(records: Sequence[ResultRecord], options: ChartOptions) -> Selection:
             remedy = largest if options.max_x is options.max_y is None else "raise max_x or max_y"
         raise SpecError(f"nothing to draw: {left_out}", remedy)
     return replace(found, stderr_is_lower_bound=lower_bound)
+
+
+def _quantized_reference(records: Sequence[ResultRecord]) -> str | None:
+    """The label of the run's reference where that is no unquantized model, None otherwise."""
+    against = next((r.against_reference for r in records if r.against_reference), None)
+    if against is None:
+        return None
+    if against.quantized is not None:
+        return against.label if against.quantized else None
+    # Results of version 1 do not say.
+    reference = next((r for r in records if r.label == against.label), None)
+    return None if reference is None or _is_unquantized(reference) else reference.label
 
 
 def _limits(points: Sequence[tuple[ResultRecord, Point]], options: ChartOptions) -> tuple[float, float]:

@@ -37,7 +37,9 @@ def write_footer(page: Page, chosen: Selection) -> float:
         what = f" of the difference to {printable(against, 60)}" if (against := chosen.bars_against) else ""
         lines.append(f"bars: ±1 standard error{what}{bound}")
     if chosen.quantized_reference is not None:
-        lines.append(f"reference: {printable(chosen.quantized_reference, 60)}, which is quantized itself")
+        lines.append(
+            f"reference: {printable(chosen.quantized_reference, 60)}, which is not an unquantized model"
+        )
     if chosen.beyond:
         lines += page.wrap(chosen.beyond, ", ", NOTE_PT, 2, lead="beyond the axes: ")
     if chosen.failed:

@@ -288,22 +288,23 @@ def test_numbers_too_large_for_any_chart_say_what_can_be_drawn(ppl: float, bpw: 
         draw([record("A 1", bpw, ppl)], ChartOptions())
 
 
-def test_a_reference_that_is_quantized_itself_is_said_and_has_the_line() -> None:
-    def beside(label: str) -> AgainstReference:
-        return AgainstReference(
-            label=label, ppl_ratio=1.1, ln_ratio=0.1, ln_ratio_stderr=0.01, significant=True
-        )
+def test_a_reference_that_is_not_unquantized_is_said_and_has_the_line() -> None:
+    def beside(label: str, **more: Any) -> AgainstReference:
+        return AgainstReference(label=label, ln_ratio=0.1, ln_ratio_stderr=0.01, **more)
 
     q8 = record("GGUF Q8_0 $x$", 8.5, 25.09, ppl_stderr=0.3)
     q4 = record("GGUF Q4_K_M", 4.83, 27.35, ppl_stderr=0.3, against_reference=beside(q8.label))
     figure = draw([q8, q4], ChartOptions())
-    assert "reference: GGUF Q8_0 $x$, which is quantized itself" in texts(figure)
+    assert "reference: GGUF Q8_0 $x$, which is not an unquantized model" in texts(figure)
     across = [line for line in figure.axes[0].lines if list(line.get_xdata()) == [0, 1]]
     assert [list(line.get_ydata()) for line in across] == [[25.09, 25.09]]
 
     bf16 = record("BF16", 16.0, 25.06)
     q4 = record("GGUF Q4_K_M", 4.83, 27.35, against_reference=beside("BF16"))
     assert not [line for line in texts(draw([bf16, q4], ChartOptions())) if line.startswith("reference")]
+    # Made out of a quantized one, as its record says: 16 bits per weight alone mean nothing.
+    q4 = q4.model_copy(update={"against_reference": beside("BF16", quantized=True)})
+    assert "reference: BF16, which is not an unquantized model" in texts(draw([bf16, q4], ChartOptions()))
 
 
 @pytest.mark.parametrize("low", [1.0, 5.43, 25.0, 900.0])
