@@ -22,7 +22,7 @@ WIDTH_PT = 576.0
 BAR_HEIGHT_PT = 15.0
 ROW_PT = 26.0
 ROOM_PT = 400.0  # more than any header takes
-THINNEST_PT = 1.2  # a kind of few bytes is still there
+THINNEST_PT = 1.2  # so that a kind of few bytes is visible
 COLOR_BAR = "bar"  # how a test finds the bars among the shapes
 
 

@@ -1,4 +1,4 @@
-"""Where the labels of points go: beside their point, on nothing, at the least distance.
+"""Where the labels of points go: beside their point, covering nothing, as near as possible.
 
 Every label gets a fixed set of candidate boxes on rings round its point. A candidate's own cost (distance,
 direction, lines underneath, doubt about whose label it is) is known beforehand; what it costs among the
@@ -32,7 +32,7 @@ N_ANGLES = 24
 KEPT = 160  # cheapest candidates per label that take part in the search
 LEADER_FROM = 6.5  # labels nearer than this need no leader line
 MAX_ORDERS = 24
-WORK = 200_000  # pairs of labels looked at in a search over all orders; bounds the time for a crowd
+WORK = 200_000  # pairs of labels looked at in a search over all orders; bounds the time for many labels
 
 PAIR_ROUNDS = 3
 PAIR_TRIES = 15

@@ -1,7 +1,7 @@
 """Where the memory of a GPU went: one stacked bar per run of an engine.
 
 Weights, peak activation, non-torch memory, KV cache and CUDA graphs lie behind each other in the order in
-which vLLM gives the memory away; the graphs come last because it captures them into what is left. A line is
+which vLLM allocates the memory; the graphs come last because it captures them into what is left. A line is
 the GPU's size, two short ones above and below a bar what was requested of it. A run that ran out of memory
 shows what it held and, in outline, the allocation that did not fit.
 """
@@ -30,6 +30,7 @@ SEGMENT_PADDING_PT = 4.0
 KEY_PT = 8.0
 STUB_PT = 4.0
 GPU_LINE_PT = 1.4
+LARGEST_GIB = 1e5
 
 _NAMES = ("weights", "peak activation", "non-torch", "KV cache", "CUDA graphs")
 _PALETTE = (0, 4, 6, 2, 3)
@@ -107,10 +108,13 @@ def _segments(run: EngineRun, look: style.Theme) -> list[Segment]:
     if run.device.kind == "cpu":
         return []
     if memory.weights_gib is None:
-        if failure is None or failure.in_use_gib is None:
+        in_use, tried = (
+            (None, None) if failure is None else map(_size, (failure.in_use_gib, failure.tried_gib))
+        )
+        if in_use is None:
             return []
-        segments = [Segment(_IN_USE, failure.in_use_gib, look.muted)]
-        return segments + ([Segment(_REFUSED, failure.tried_gib, None)] if failure.tried_gib else [])
+        segments = [Segment(_IN_USE, in_use, look.muted)]
+        return segments + ([] if tried is None else [Segment(_REFUSED, tried, None)])
     sizes = (
         memory.weights_gib,
         memory.peak_activation_gib,
@@ -120,13 +124,22 @@ def _segments(run: EngineRun, look: style.Theme) -> list[Segment]:
     )
     return [
         Segment(name, size, look.palette[color])
-        for name, size, color in zip(_NAMES, sizes, _PALETTE, strict=True)
-        if size is not None and size > 0
+        for name, size, color in zip(_NAMES, map(_size, sizes), _PALETTE, strict=True)
+        if size is not None
     ]
 
 
 def _total(bar: Bar) -> float | None:
-    return bar.run.device.total_gib
+    return _size(bar.run.device.total_gib)
+
+
+def _requested(bar: Bar) -> float | None:
+    return _size(bar.run.device.requested_gib)
+
+
+def _size(gib: float | None) -> float | None:
+    """A size that can be drawn, None where a log says nothing or no GPU has it."""
+    return gib if gib is not None and 0 < gib < LARGEST_GIB else None
 
 
 def _page(
@@ -161,7 +174,7 @@ def _legend(page: Page, bars: Sequence[Bar]) -> list[Key]:
     wanted = sorted(found, key=lambda key: (*_NAMES, _IN_USE, _REFUSED).index(key[0]))
     if any(_total(bar) for bar in bars):
         wanted.append((_GPU, None))
-    if any(bar.run.device.requested_gib for bar in bars):
+    if any(_requested(bar) for bar in bars):
         wanted.append((_REQUESTED, None))
     keys, x, row = [], MARGIN_PT, 0
     for name, color in wanted:
@@ -234,7 +247,7 @@ def _draw_bar(page: Page, row: int, bar: Bar, first: bool) -> None:
         axes.add_patch(_box(page, (x, upper, segment.size_gib, height), segment.color, axes.transData))
         _write_size(page, (x, upper + height / 2), segment, points_per_gib)
         x += segment.size_gib
-    total, requested = _total(bar), run.device.requested_gib
+    total, requested = _total(bar), _requested(bar)
     if requested is not None:
         for start, end in ((upper - stub, upper), (lower, lower + stub)):
             axes.plot([requested] * 2, [start, end], color=look.ink, lw=style.LINE_PT, zorder=4)

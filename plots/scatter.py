@@ -86,7 +86,7 @@ def _page(
 
 
 def _add_axes(page: Page, rows: tuple[float, float], scales: tuple[Scale, Scale]) -> None:
-    """Two thin spines, a quiet grid, numbers."""
+    """Two thin spines, a light grid, numbers."""
     look, (x_scale, y_scale), (low, high) = page.look, scales, rows
     widest = max((page.measure(label, style.TICK_PT)[0] for label in y_scale.labels), default=0.0)
     left = MARGIN_PT + 1.4 * style.AXIS_LABEL_PT + widest + 5

@@ -269,7 +269,7 @@ def _x(record: ResultRecord, options: ChartOptions) -> float | None:
 def _paired_stderr(record: ResultRecord) -> float | None:
     """The standard error of the difference to the reference's perplexity; None for the reference itself.
 
-    Two models stumble over the same tokens, so this is what tells them apart; the error of each
+    Two models find the same tokens hard, so this is what tells them apart; the error of each
     perplexity alone is many times larger.
     """
     if record.headline_ratio is None or record.headline_ppl is None:

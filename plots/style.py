@@ -132,7 +132,7 @@ def usable(color: str | None) -> str | None:
 
 
 def group_colors(own: dict[str, str | None], page: Theme) -> dict[str, str]:
-    """One colour per group: its own where it has one, else the next of the palette that nobody is near to.
+    """One colour per group: its own where it has one, else the next of the palette unlike all of those.
 
     Args:
         own: group -> a usable colour or None, in order of appearance.

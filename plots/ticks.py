@@ -48,7 +48,7 @@ def scale(
         values: what must lie inside; above 0 if log.
         log: logarithmic.
         margins: shares of the range added below and above.
-        smallest: least range as a share of the values, so that equal values are not blown up.
+        smallest: least range as a share of the values, so that equal values are not magnified.
         n_ticks: at most, on a linear axis.
     """
     points = [math.log(v) for v in values] if log else list(values)

@@ -1,6 +1,8 @@
 """The picture: every part has its size, lines mark the GPU, no text lies on another."""
 
 import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,32 @@ def test_widths_are_the_sizes_and_follow_each_other() -> None:
     for row in found:
         for one, other in itertools.pairwise(row):
             assert other.get_x() == pytest.approx(one.get_x() + one.get_width())
+
+
+@pytest.mark.parametrize("gib", [1e5, 1.7e308, math.inf, math.nan, -5.0])
+@pytest.mark.parametrize("what", ["weights_gib", "total_gib", "requested_gib"])
+def test_a_size_that_no_gpu_has_is_left_out(what: str, gib: float, tmp_path: Path) -> None:
+    run = read_logs([H100])[1]
+    part = "memory" if what == "weights_gib" else "device"
+    odd = replace(run, **{part: replace(getattr(run, part), **{what: gib})})
+    figure = draw([run, odd], MemoryChart())
+    save(figure, tmp_path / "chart.png")
+    assert figure.axes[0].get_xlim()[1] < 100
+    n_parts = [len(row) for row in bars(figure)]
+    assert n_parts[1] == n_parts[0] - (what == "weights_gib")
+
+
+def test_names_and_versions_of_a_log_are_text_that_fits(tmp_path: Path) -> None:
+    run = read_logs([H100])[1]
+    engine = replace(run.engine, model="$x$\x1b[31m\n" + "y" * 500, version="0.1\x1b[2J\n$z$" + "9" * 500)
+    figure = draw([replace(run, engine=engine)], MemoryChart(title="\x1b]0;x\x07" + "t" * 500))
+    save(figure, tmp_path / "chart.svg")
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    written = [one for one in figure.get_children() if isinstance(one, Text)]
+    assert len(written) > 10
+    for one in written:
+        assert one.get_text().isprintable() and not one.get_parse_math()
+        assert one.get_window_extent(renderer).x1 <= figure.bbox.x1
 
 
 def test_lines_stand_at_the_gpus_size_and_the_request() -> None:
