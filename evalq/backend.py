@@ -260,6 +260,18 @@ class Backend(ABC):
         """Memory that the model would need, before the engine starts; None where that cannot be told."""
         return None
 
+    def reads(self, weights: str) -> str | None:
+        """Whether it reads safetensors or GGUF weights of a format, for the table of `evalq inspect`.
+
+        Args:
+            weights: as `evalq.inspect.engines.weight_format` names them: "plain", "GGUF", "INT4", "FP8",
+                "FP8 block", "NVFP4", "GPTQ", "AWQ", "bitsandbytes", "EXL3", ...
+
+        Returns:
+            "" for yes, else why not in a few words; None where it does not say.
+        """
+        return None
+
     def remote_versions(self, options: Mapping[str, Any]) -> dict[str, str] | None:
         """Versions of an engine that runs elsewhere, itself first; None for one that runs here.
 

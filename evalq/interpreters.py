@@ -41,6 +41,7 @@ for found in importlib.metadata.distributions():
     except Exception:
         pass
 answer = {"python": sys.version.split()[0], "packages": packages, "evalq": None, "job_version": None}
+answer["folders"] = sys.path
 try:
     from evalq.version import __version__
     answer["evalq"] = __version__
@@ -64,6 +65,7 @@ class Interpreter:
         evalq: the version of evalq that it imports.
         job_version: of the messages that evalq's worker reads; None where it has no number.
         packages: installed distributions, name in normal form (PEP 503) -> version.
+        folders: that it imports from, in their order.
     """
 
     path: str
@@ -71,6 +73,7 @@ class Interpreter:
     evalq: str
     job_version: int | None
     packages: Mapping[str, str]
+    folders: tuple[str, ...] = ()
 
     def version(self, distribution: str) -> str | None:
         """Version of an installed distribution, None where it is not there."""
@@ -114,7 +117,9 @@ def ask(python: str | None) -> Interpreter:
 @cache
 def _here() -> Interpreter:
     packages = _first_of_each((d.metadata["Name"], d.version) for d in importlib.metadata.distributions())
-    return Interpreter(sys.executable, sys.version.split()[0], __version__, JOB_VERSION, packages)
+    return Interpreter(
+        sys.executable, sys.version.split()[0], __version__, JOB_VERSION, packages, tuple(sys.path)
+    )
 
 
 @cache
@@ -214,6 +219,7 @@ def _read_answer(python: str, output: _Output) -> Interpreter:
     try:
         raw: dict[str, Any] = json.loads(output.answer or b"null") or {}
         packages = _first_of_each(raw["packages"].items())
+        folders = tuple(folder for folder in raw.get("folders", ()) if isinstance(folder, str))
         evalq, job, version = raw["evalq"], raw["job_version"], raw["python"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _no_answer(python, output) from None
@@ -221,7 +227,8 @@ def _read_answer(python: str, output: _Output) -> Interpreter:
         message = f"evalq is not installed for {python}"
         remedy = f"{shlex.quote(python)} -m pip install evalq"
         raise ModelError(message, "engine_missing", remedy)
-    return Interpreter(python, str(version), evalq, job if isinstance(job, int) else None, packages)
+    job = job if isinstance(job, int) else None
+    return Interpreter(python, str(version), evalq, job, packages, folders)
 
 
 def _no_answer(python: str, output: _Output) -> ModelError:

