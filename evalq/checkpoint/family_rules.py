@@ -76,7 +76,7 @@ def two_per_byte(parts: Parts) -> Shape:
 
 
 def flat_two_per_byte(parts: Parts) -> Shape:
-    """NF4, FP4 of bitsandbytes: a column of bytes that does not keep the matrix's sides."""
+    """NF4, FP4 of bitsandbytes: a column of bytes, which does not tell the sides of the matrix."""
     return (2 * parts.codes.numel,)
 
 

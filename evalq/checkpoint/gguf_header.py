@@ -338,7 +338,7 @@ def _read_tensor(cursor: _Cursor) -> tuple[GgufTensor, int]:
 def _require_data(
     cursor: _Cursor, described: list[tuple[GgufTensor, int]], alignment: int, data_start: int
 ) -> None:
-    """Check that every tensor lies inside the file, aligned, once, and on nobody else's bytes."""
+    """Check that every tensor lies inside the file, aligned, once, and overlaps no other."""
     names: set[str] = set()
     end = 0
     for tensor, offset in sorted(described, key=lambda item: (item[1], item[0].bytes)):

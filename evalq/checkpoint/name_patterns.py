@@ -1,7 +1,7 @@
 """Regular expressions that stand in a model's files, matched with tensors' names under a limit of time.
 
-The files come from strangers, and some patterns take years on a short name. The standard library cannot stop
-a search; `regex` can (https://github.com/mrabarnett/mrab-regex).
+The files come from strangers, and the time of a search can grow exponentially with the length of a name. The
+standard library cannot stop a search; `regex` can (https://github.com/mrabarnett/mrab-regex).
 """
 
 from typing import Any

@@ -153,7 +153,7 @@ def measure(contents: Contents) -> StorageReport:
 
 
 def storage_findings(contents: Contents) -> list[Finding]:
-    """What the bit accounting comes across by the way: fused NVFP4 scales, tensors it cannot explain."""
+    """Findings of the bit accounting: fused NVFP4 scales that differ, tensors it cannot explain."""
     fused = global_scale_findings(contents.tensors) if contents.shards is not None else []
     return [*fused, *_unexplained(contents)]
 

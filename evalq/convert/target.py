@@ -1,7 +1,7 @@
 """A directory that is there when it is complete, and not before.
 
 Everything is written into TARGET.partial-XXXX beside it, synced, and renamed at the end. A run that is killed
-leaves that directory and TARGET.partial-XXXX.lock; nobody holds the lock then, so the next run to TARGET
+leaves that directory and TARGET.partial-XXXX.lock; no process holds the lock then, so the next run to TARGET
 removes both, and never those of a run that is still going.
 """
 

@@ -111,7 +111,7 @@ class Verdict:
 
     Args:
         engine: its name, as `load_fn` of a model spec.
-        runs: nothing speaks against it; None where the engine does not say which formats it reads.
+        runs: no reason against it is known; None where the engine does not say which formats it reads.
         reasons: what does, or what to know.
         version: of the installed engine, "transformers 5.19.0"; None where it is not installed.
         adapters: kind of LoRA adapter that goes on this checkpoint there, None for none.

@@ -30,7 +30,7 @@ class Lora:
     Args:
         compatible: whether any module can take an adapter.
         target_modules: names for `target_modules` of an adapter's configuration.
-        origin: who says so: config.json, lora_metadata.json, or "derived from the modules".
+        origin: where that stands: config.json, lora_metadata.json, or "derived from the modules".
         metadata: lora_metadata.json as it is, {} without one.
     """
 

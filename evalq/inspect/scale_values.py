@@ -20,7 +20,7 @@ from evalq.checkpoint.shards import RawTensor
 
 _CHUNK_BYTES = 16 * 2**20
 _SCALE_ENDS = ("scale", "scale_inv", "scale_2", "scales", "absmax", "SCB", "suh", "svh")
-_ZERO_ALLOWED = (".suh", ".svh")  # sign vectors with scales: zero for an input that never speaks
+_ZERO_ALLOWED = (".suh", ".svh")  # sign vectors with scales: zero for an input that was always zero
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def _prepare(spec: ModelSpec, store: Store, offline: bool) -> PreparedModel:
         facts=_facts(files, checkpoint),
         identity=identity,
         legacy_identity=legacy,
-        derived=adapter is not None,
+        derived=adapter is not None or checkpoint.provenance is not None,
         adapter=adapter,
     )
 

@@ -1,10 +1,13 @@
 """Which model the others are compared with: by hand, by rule, and where it failed."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import make_tiny
 from conftest import Runs
 
+from evalq.checkpoint.provenance import PROVENANCE_FILE, Provenance, Step, write_provenance
 from evalq.errors import SpecError
 from evalq.results.reference import Candidate, Reference, choose
 
@@ -112,3 +115,16 @@ def test_lm_eval_on_the_first_tokens_of_a_text(runs: Runs) -> None:
     data = runs.data(protocol="lm-eval", eval_stride=None, max_rows=None, max_tokens=700)
     code, (record,) = runs.compare(data, runs.models({}))
     assert code == 0 and record["ppl"] is not None and record["word_ppl"] is None
+
+
+def test_a_converted_checkpoint_is_no_reference_by_rule(runs: Runs, tmp_path: Path) -> None:
+    """Its files look like an unquantized model's, but for what `evalq dequantize` wrote beside them."""
+    converted = make_tiny(tmp_path / "converted", seed=1)
+    step = Step("dequantize", "int4", "0" * 64, "INT4", 7, "bfloat16", None, None, 0, "0.1.0")
+    write_provenance(converted, Provenance((step,)))
+    models = runs.models({"label": "Plain", "model_dir": str(converted)}, {"label": "Original"})
+    _, found = runs.compare(runs.data(), models)
+    assert against(found) == {"Plain": "Original", "Original": None}
+    (converted / PROVENANCE_FILE).unlink()
+    _, found = runs.compare(runs.data(), models)
+    assert against(found) == {"Plain": None, "Original": "Plain"}

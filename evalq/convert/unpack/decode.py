@@ -25,7 +25,7 @@ KNOWN = (
 )
 _SCALES = (".weight_scale", ".weight_scale_inv", ".scale")
 _FLOATS = ("F16", "BF16", "F32", "F64")
-# A tensor with one of these endings is somebody's codes, and useless without its scales.
+# A tensor with one of these endings holds codes, which mean nothing without their scales.
 _CODES_ENDINGS = (".weight_packed", ".qweight", ".weight", "_blocks")
 
 
