@@ -12,7 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from fuzz.harness import MEMORY_BYTES_MAX, WAITING_SECONDS_MAX, Batch, Target, all_targets
+from fuzz.harness import MEMORY_BYTES_MAX, WAITING_SECONDS_MAX, Batch, Target, targets_of
 
 from evalq.errors import EvalqError
 
@@ -20,7 +20,7 @@ from evalq.errors import EvalqError
 def main(batch: Batch) -> None:
     """Run the inputs; a line of what came of each goes to the standard output that was there at the start."""
     report = os.fdopen(os.dup(1), "wb", buffering=0)
-    target = all_targets(Path(batch.folder))[batch.target]
+    target = targets_of(Path(batch.file))[batch.target]
     seeds = target.seeds()
     _limit_memory()
     sys.stdout, sys.stderr = io.StringIO(), io.StringIO()  # what a target prints is nobody's

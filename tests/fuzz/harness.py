@@ -16,9 +16,11 @@ import random
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from signal import Signals
 
@@ -114,7 +116,7 @@ class Batch:
     """What one child runs.
 
     Args:
-        folder: where the targets' modules lie.
+        file: the module of the target; children import no other.
         target: its name.
         seed: of the inputs.
         first: number of the first input.
@@ -122,7 +124,7 @@ class Batch:
         cpu_seconds: for one input.
     """
 
-    folder: str
+    file: str
     target: str
     seed: int
     first: int
@@ -130,19 +132,23 @@ class Batch:
     cpu_seconds: float
 
 
-def all_targets(folder: Path = Path(__file__).parent) -> dict[str, Target]:
-    """The targets of every `targets_*.py` of a folder, by name; each module has a tuple TARGETS."""
-    found: dict[str, Target] = {}
-    for path in sorted(folder.glob("targets_*.py")):
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
+def targets_of(file: Path) -> dict[str, Target]:
+    """The targets of one module by name; it has them in a tuple TARGETS."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    with warnings.catch_warnings(action="ignore"):  # of the libraries that a module imports
         spec.loader.exec_module(module)
-        for target in module.TARGETS:
-            if target.name in found:
-                raise ValueError(f"two targets are called {target.name}")
-            found[target.name] = target
-    return found
+    return {target.name: target for target in module.TARGETS}
+
+
+@cache
+def target_files(folder: Path = Path(__file__).parent) -> dict[str, Path]:
+    """Every target of the `targets_*.py` of a folder, with its module."""
+    named = [(name, path) for path in sorted(folder.glob("targets_*.py")) for name in targets_of(path)]
+    if len(dict(named)) < len(named):
+        raise ValueError(f"two targets have one name: {[name for name, _ in named]}")
+    return dict(named)
 
 
 def fuzz(
@@ -158,7 +164,7 @@ def fuzz(
     with tempfile.TemporaryDirectory(prefix="evalq-fuzz-") as scratch:
         while following < end:
             last = min(end, following + INPUTS_PER_CHILD)
-            batch = Batch(str(folder), name, seed, following, last, cpu_seconds)
+            batch = Batch(str(target_files(folder)[name]), name, seed, following, last, cpu_seconds)
             following = _run_child(outcome, batch, scratch)
     return outcome
 

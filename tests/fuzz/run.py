@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "support")]
 
-from fuzz.harness import all_targets, fuzz  # noqa: E402
+from fuzz.harness import fuzz, target_files, targets_of  # noqa: E402
 
 
 def main() -> int:
@@ -18,14 +18,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other inputs")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the first input to this file")
     arguments = parser.parse_args()
-    targets = all_targets()
+    targets = target_files()
     unknown = [name for name in arguments.target or () if name not in targets]
     if unknown:
         parser.error(f"unknown target {unknown[0]}: one of {', '.join(targets)}")
     outcomes = []
     for name in arguments.target or targets:
         if arguments.save:
-            target = targets[name]
+            target = targets_of(targets[name])[name]
             arguments.save.write_bytes(target.input(target.seeds(), arguments.seed, arguments.first))
         outcomes.append(fuzz(name, arguments.inputs, arguments.first, arguments.seed))
         print(outcomes[-1].summary(), flush=True)

@@ -60,7 +60,7 @@ def test_mutations_repeat_and_differ() -> None:
         (mutate_text, seeds),
         (mutate_json, [b'{"a": [1, {"b": 2}]}']),
     ):
-        first = [mutate(random.Random(f"{i}"), inputs) for i in range(200)]
-        assert first == [mutate(random.Random(f"{i}"), inputs) for i in range(200)]
-        assert len(set(first)) > 100
+        first = [mutate(random.Random(f"{i}"), inputs) for i in range(60)]
+        assert first == [mutate(random.Random(f"{i}"), inputs) for i in range(60)]
+        assert len(set(first)) > 40
         assert max(map(len, first)) < 5_000_000
