@@ -84,10 +84,11 @@ def _gguf_facts(checkpoint: Checkpoint) -> Facts:
         value = checkpoint.gguf_setting(name)
         return value if type(value) is int and value > 0 else None
 
+    architecture = checkpoint.gguf[0].metadata.get("general.architecture")
     experts = setting("expert_count")
     tokens = checkpoint.gguf[0].array_lengths.get("tokenizer.ggml.tokens")
     return Facts(
-        architecture=checkpoint.gguf[0].metadata.get("general.architecture"),
+        architecture=None if architecture is None else str(architecture),
         parameters=_parameters(checkpoint.storage.tensors),
         active_parameters=_active(checkpoint, experts, setting("expert_used_count")),
         scheme=checkpoint.storage.format,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from convert_cases import FLOATS, compress, config, loaded, split, tensors, write_layers
 
-from evalq.backend import LoadRequest
+from evalq.backend import Batch, LoadRequest
 from evalq.checkpoint.headers import open_checkpoint
 from evalq.checkpoint.provenance import PROVENANCE_FILE
 from evalq.checkpoint.safetensors import read_contents
@@ -79,14 +79,14 @@ def test_perplexity_is_that_of_the_packed_model(
 
 def perplexity(path: Path) -> float:
     """Of 128 tokens, on the hf backend, weights alone."""
-    from evalq.backends import hf
+    from evalq.backends.hf import HfBackend
 
+    engine = HfBackend()
     options = {"threads": 1, "quantize_activations": False}
-    model = hf.load(LoadRequest(path, 128, 127, options))
-    ids = np.arange(1000, 1000 + 128 * 37, 37)[None]
-    scores = hf.forward(model, ids, 0)
-    hf.close(model)
-    return float(np.exp(-scores.logprob.mean(dtype=np.float64)))
+    model = engine.load(LoadRequest(path, 128, 127, options))
+    (scores,) = engine.score(model, [Batch(np.arange(1000, 1000 + 128 * 37, 37)[None], 1)])
+    engine.close(model)
+    return float(np.exp(-scores["logprob"].mean(dtype=np.float64)))
 
 
 def test_tokenizer_and_the_rest_go_along(checkpoints: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from evalq.backend import LoadRequest
+from evalq.backend import Batch, LoadRequest
 from evalq.checkpoint.adapter import read_adapter
 from evalq.spec import load_model_specs
 
@@ -77,14 +77,15 @@ def test_merged_scores_are_those_of_base_and_adapter(walked: Path) -> None:
 
 def scores(path: Path, adapter: Path | None = None) -> np.ndarray:
     """Log-probabilities of 127 tokens in float32 on the hf backend."""
-    from evalq.backends import hf
+    from evalq.backends.hf import HfBackend
 
+    engine = HfBackend()
     options = {"threads": 1, "dtype": "float32"}
     on_top = None if adapter is None else read_adapter(adapter)
-    model = hf.load(LoadRequest(path, 128, 127, options, adapter=on_top))
-    found = hf.forward(model, np.arange(1000, 1000 + 128 * 37, 37)[None], 0).logprob
-    hf.close(model)
-    return found
+    model = engine.load(LoadRequest(path, 128, 127, options, adapter=on_top))
+    (found,) = engine.score(model, [Batch(np.arange(1000, 1000 + 128 * 37, 37)[None], 1)])
+    engine.close(model)
+    return found["logprob"]
 
 
 def test_every_spec_of_the_page_is_valid(tmp_path: Path) -> None:

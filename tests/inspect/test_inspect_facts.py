@@ -1,6 +1,7 @@
 """What an inspection says about a model: facts, kinds of layer, LoRA, engines."""
 
 import json
+import struct
 
 import pytest
 from checkpoints import (
@@ -293,3 +294,11 @@ def test_sides_that_the_cpu_kernel_of_vllm_lacks(tmp_path, monkeypatch):
     # The CPU build is one on a machine with a GPU too.
     source = eight_billion(tmp_path / "nvfp4", nvfp4, compressed(4, "nvfp4-pack-quantized", "float"))
     assert "needs an NVIDIA GPU of compute capability 7.5" in why(source, H200)["vllm"]
+
+
+def test_an_architecture_that_is_no_text(tmp_path):
+    key = b"general.architecture"
+    values = struct.pack("<Q", len(key)) + key + struct.pack("<II", 4, 7)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + values)
+    assert facts_of(open_model(str(path))).architecture == "7"
