@@ -10,7 +10,9 @@ exactly the format's; where it quantizes activations too, compressed-tensors sim
 Source: https://huggingface.co/docs/transformers
 """
 
+import importlib.metadata
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,8 @@ OPTIONS = {
     "threads": Option((int,), "CPU threads (default: torch's, one per core)", minimum=1),
 }
 MIB = 2**20
+# Libraries that transformers imports for the formats they brought.
+_QUANTIZERS = ("bitsandbytes", "gptqmodel", "optimum")
 
 
 @dataclass
@@ -146,7 +150,7 @@ def _load(request: LoadRequest) -> LoadedModel:
         batch_windows=options.get("batch_windows", 1 if on_cpu else max(1, GPU_BATCH_TOKENS // inputs)),
         tokenize=tokenize_fn(request, load_tokenizer),
         peak_memory_bytes=peak_memory_fn(first),
-        versions={"threads": str(torch.get_num_threads())} if on_cpu else {"cuda": str(torch.version.cuda)},
+        versions=_versions(on_cpu),
         notes=notes,
         warm_up=not on_cpu,
     )
@@ -335,6 +339,17 @@ def _finish(model: Any, logits: Any) -> Any:
         logits = logits / config.logits_scaling
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else (logits / cap).tanh() * cap
+
+
+def _versions(on_cpu: bool) -> dict[str, str]:
+    """What took part beside the distributions: threads or CUDA, and the libraries that unpack quantized layers."""
+    import torch
+
+    found = {"threads": str(torch.get_num_threads())} if on_cpu else {"cuda": str(torch.version.cuda)}
+    for name in _QUANTIZERS:
+        if name in sys.modules:
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _gpu_name(device: Any) -> str:

@@ -9,7 +9,7 @@ share before their perplexities may stand in one table or chart.
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -91,6 +91,12 @@ class AgainstReference(_Measured):
         if isinstance(given, Mapping):
             given = {k: v for k, v in given.items() if k not in ("ppl_ratio", "significant")}
         return cls.gather(given, PAIR_FLAT)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if "ln_ratio" not in self.metrics:
+            raise ValueError("a comparison holds ln_ratio")
+        return self
 
     @model_serializer(mode="wrap")
     def _to_plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

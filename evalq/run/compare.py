@@ -193,7 +193,6 @@ def _job(
     result: ResultDir,
     identity: dict[str, Any],
 ) -> ScoreJob:
-    remote = model.engine.loader.remote_versions(model.engine.options) is not None
     lora = model.adapter
     return ScoreJob(
         load=model.engine.load,
@@ -203,7 +202,7 @@ def _job(
         overlay=None if model.files.overlay is None else str(model.files.overlay),
         options=model.engine.options,
         trust_remote_code=model.spec.trust_remote_code,
-        versions=model.versions if remote else {},
+        versions=model.versions if model.remote else {},
         tokens_file=str(data.tokens_file.resolve()),
         max_tokens=data.spec.max_tokens,
         settings=data.settings,

@@ -48,7 +48,8 @@ class PreparedModel:
         spec: as given.
         engine: its backends and options.
         python: interpreter of the engine's environment, None for this one.
-        versions: of the engine's distributions.
+        versions: of the engine's distributions, or of the engine elsewhere.
+        remote: the engine runs elsewhere.
         files: where the model lies.
         checkpoint: its headers.
         storage: its bits.
@@ -63,6 +64,7 @@ class PreparedModel:
     engine: Engine
     python: str | None
     versions: dict[str, str]
+    remote: bool
     files: ModelFiles
     checkpoint: Checkpoint
     storage: StorageReport
@@ -89,7 +91,9 @@ _GONE = ("model_missing", "model_gated", "download_failed")
 def _prepare(spec: ModelSpec, store: Store, offline: bool) -> PreparedModel:
     engine = resolve_engine(spec)
     python = python_for(spec, engine.load)
-    found = _installed_versions(engine, python)
+    installed = _installed_versions(engine, python)
+    elsewhere = engine.loader.remote_versions(engine.options)
+    found = installed if elsewhere is None else elsewhere  # what is installed here is then a client
     files = locate(spec, offline)
     checkpoint = open_checkpoint(files.path)
     notes = require_sound(checkpoint, spec.ignore_findings)
@@ -121,6 +125,7 @@ def _prepare(spec: ModelSpec, store: Store, offline: bool) -> PreparedModel:
         engine=engine,
         python=python,
         versions=found,
+        remote=elsewhere is not None,
         files=files,
         checkpoint=checkpoint,
         storage=storage,
@@ -212,8 +217,7 @@ def _installed_versions(engine: Engine, python: str | None) -> dict[str, str]:
         where = "" if python is None else f" for {python}"
         message = f'the engine of "{engine.load}" is not installed{where}'
         raise ModelError(message, "engine_missing", engine.loader.install)
-    # Where the engine runs elsewhere, what is installed here is a client.
-    return engine.loader.remote_versions(engine.options) or found
+    return found
 
 
 def tokenizer_identity(backend_name: str, path: Path, store: Store) -> dict[str, Any] | None:
