@@ -342,7 +342,7 @@ def _finish(model: Any, logits: Any) -> Any:
 
 
 def _versions(on_cpu: bool) -> dict[str, str]:
-    """What took part beside the distributions: threads or CUDA, and the libraries that unpack quantized layers."""
+    """What took part beside the distributions: threads or CUDA, libraries of quantized layers."""
     import torch
 
     found = {"threads": str(torch.get_num_threads())} if on_cpu else {"cuda": str(torch.version.cuda)}
