@@ -10,11 +10,11 @@ from matplotlib.patches import Rectangle
 from evalq.errors import SpecError
 from evalq.inspect import Inspection
 from evalq.inspect.layers import PartBits, part_name
-from evalq.inspect.output import parameters_line, share, size
 from evalq.plots import style
 from evalq.plots.output import save
 from evalq.plots.page import MARGIN_PT, Page, quiet_glyphs
 from evalq.plots.selection import Series, printable
+from evalq.show.inspection import parameters_line, share, size
 
 __all__ = ["draw", "save"]
 

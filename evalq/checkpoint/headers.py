@@ -96,14 +96,6 @@ class Checkpoint:
         return {} if self.contents is None else self.contents.settings
 
     @property
-    def needs_remote_code(self) -> bool:
-        """Whether config.json points to Python code (`auto_map`), in the checkpoint or on the hub.
-
-        transformers may still know the architecture itself and run without that code.
-        """
-        return _has_code(self.config)
-
-    @property
     def max_positions(self) -> int | None:
         """The longest input by the configuration, None when it does not say."""
         if self.gguf:

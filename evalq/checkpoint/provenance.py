@@ -57,11 +57,6 @@ class Provenance:
 
     steps: tuple[Step, ...]
 
-    @property
-    def was_quantized(self) -> bool:
-        """Whether its weights were quantized once."""
-        return any(step.dequantized for step in self.steps)
-
     def __str__(self) -> str:
         """For a person, in one line."""
         return "; then ".join(map(str, self.steps))

@@ -51,8 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     import sys
 
     from evalq.inspect import inspect_checkpoint, open_model
-    from evalq.inspect.output import as_json, print_inspection
     from evalq.show.console import output
+    from evalq.show.inspection import as_json, print_inspection
 
     checkpoint = open_model(arguments.model, arguments.revision, arguments.offline)
     found = inspect_checkpoint(checkpoint, arguments.deep)

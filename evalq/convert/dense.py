@@ -26,7 +26,6 @@ from evalq.convert.unpack.decode import codes_of, read_weight, require_decodable
 from evalq.errors import SpecError, StoreError
 from evalq.version import __version__
 
-DTYPES = ("bfloat16", "float16", "float32")
 # Weights of other containers and indexes of the old shards do not go along.
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".msgpack", ".h5", ".onnx"}
@@ -77,7 +76,7 @@ def write_dense(
     Args:
         source: the checkpoint, a directory of safetensors files.
         target: the directory to make; it appears when it is complete.
-        dtype: one of DTYPES; None is bfloat16 for a quantized checkpoint, the checkpoint's own for others.
+        dtype: bfloat16, float16 or float32; None is bfloat16 for a quantized checkpoint, the checkpoint's own for others.
         merged: an adapter to add to the weights, None for none.
         track: wraps the weights on their way through, to show progress.
         shard_bytes: of one file of the result.

@@ -28,7 +28,6 @@ Part = Literal[
     "other",
 ]
 PARTS: tuple[Part, ...] = get_args(Part)
-LAYER_PARTS = PARTS[: PARTS.index("head")]
 UNQUANTIZED = frozenset({"BF16", "FP16", "FP32", "FP64", "F16", "F32", "F64"})
 
 _OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|speech|image)")

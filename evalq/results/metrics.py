@@ -234,8 +234,3 @@ def compute(found: Measured, metrics: tuple[Metric, ...] = METRICS) -> dict[str,
             if estimate is not None:
                 estimates[metric.name] = estimate
     return estimates
-
-
-def columns_of(metrics: tuple[Metric, ...]) -> tuple[str, ...]:
-    """The columns that these metrics need, each once."""
-    return tuple(dict.fromkeys(name for metric in metrics for name in metric.columns))

@@ -22,7 +22,7 @@ class ConsoleReporter:
     def __init__(self, console: Console, models: int, quiet: bool) -> None:
         """`models` is how many will come; `quiet` shows nothing at all."""
         self._console, self._models, self._quiet = console, models, quiet
-        self._number, self._label, self._windows = 0, "", 0
+        self._number, self._label = 0, ""
         self._printed, self._resumed_at = 0.0, 0
         self._task: TaskID | None = None
         self._live = Progress(
@@ -53,7 +53,7 @@ class ConsoleReporter:
 
     def model(self, label: str, windows: int) -> None:
         """The next model."""
-        self._number, self._label, self._windows = self._number + 1, label, windows
+        self._number, self._label = self._number + 1, label
         self._task = self._live.add_task(self._name("starting"), total=windows, rate="")
         self._printed = time.monotonic()
 

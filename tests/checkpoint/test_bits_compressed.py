@@ -145,5 +145,4 @@ def test_checkpoint_describes_itself(checkpoints):
     assert [f.name for f in checkpoint.files] == ["model.safetensors", "config.json"]
     assert checkpoint.config["quantization_config"]["quant_method"] == "compressed-tensors"
     assert (checkpoint.max_positions, checkpoint.vocab_size) == (2048, VOCAB)
-    assert checkpoint.needs_remote_code is False
     assert checkpoint.tokenizer_files == ()

@@ -56,14 +56,14 @@ def test_dequantized_and_merged(quantized: Path, adapter: Path, tmp_path: Path, 
     assert (step.command, step.source, step.dequantized, step.dtype) == ("dequantize", "int4", 14, "bfloat16")
     assert step.source_digest == fingerprint(open_checkpoint(quantized).files, None).digest
     assert "INT4 group 128" in step.source_format
-    assert (step.adapter, step.changed, made.was_quantized) == (None, 0, True)
+    assert (step.adapter, step.changed, bool(step.dequantized)) == (None, 0, True)
     assert "quantization_config" not in config_of(plain)
 
     capsys.readouterr()
     assert main(["merge-lora", str(plain), str(adapter), str(merged)]) == 0
     assert "none was quantized, 4 changed by the adapter" in capsys.readouterr().err
     both = open_checkpoint(merged).provenance
-    assert both is not None and both.steps[0] == step and both.was_quantized
+    assert both is not None and both.steps[0] == step
     assert (both.steps[1].command, both.steps[1].adapter, both.steps[1].changed) == ("merge-lora", "style", 4)
     assert both.steps[1].adapter_digest
 
@@ -82,7 +82,7 @@ def test_a_merged_model_that_was_never_quantized(adapter: Path, tmp_path: Path) 
     assert provenance(base) is None and open_checkpoint(base).provenance is None
     assert main(["merge-lora", str(base), str(adapter), str(tmp_path / "merged")]) == 0
     made = provenance(tmp_path / "merged")
-    assert made is not None and not made.was_quantized
+    assert made is not None and not any(step.dequantized for step in made.steps)
     assert made.steps[0].dtype is None
 
 

@@ -24,7 +24,7 @@ from evalq.checkpoint.shards import DTYPE_BITS
 from evalq.convert.dequantize import dequantize
 from evalq.convert.merge import merge_lora
 from evalq.inspect import inspect_checkpoint
-from evalq.inspect.output import as_json, print_inspection
+from evalq.show.inspection import as_json, print_inspection
 
 _CONTROLS = {chr(code) for code in (*range(9), *range(11, 32), *range(127, 160))} | {"\u202e"}
 # Stands between two files in one input, as no JSON text can hold it.

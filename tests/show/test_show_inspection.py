@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from evalq.cli.main import main
 from evalq.inspect import inspect_checkpoint, open_model
-from evalq.inspect.output import print_inspection
+from evalq.show.inspection import print_inspection
 
 EVIL = "\x1b[2J\x9b31m[red]:dog:\u202e"
 
