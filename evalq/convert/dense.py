@@ -76,7 +76,7 @@ def write_dense(
     Args:
         source: the checkpoint, a directory of safetensors files.
         target: the directory to make; it appears when it is complete.
-        dtype: bfloat16, float16 or float32; None is bfloat16 for a quantized checkpoint, the checkpoint's own for others.
+        dtype: bfloat16, float16 or float32; None is the checkpoint's own, bfloat16 for a quantized one.
         merged: an adapter to add to the weights, None for none.
         track: wraps the weights on their way through, to show progress.
         shard_bytes: of one file of the result.
