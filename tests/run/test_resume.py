@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import write_gguf
 from conftest import Runs
 from processes import children, wait_for
 
@@ -142,6 +143,29 @@ def test_more_rows_score_the_new_ones_only(runs: Runs) -> None:
     # Three more windows are as many as this model can score before it is killed.
     code, (record,) = runs.compare(runs.data(max_rows=6), models)
     assert code == 0 and record["tokens_scored"] == 6 * 255
+
+
+def test_a_renamed_gguf_file_is_the_same_model_and_a_changed_one_is_not(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evalq.run import compare
+
+    values = np.arange(64, dtype=np.float32).reshape(8, 8)
+    first = write_gguf(runs.folder / "first.gguf", {"token_embd.weight": values, "output.weight": values})
+    data = runs.data()
+    _, (before,) = runs.compare(data, runs.models({"model_dir": str(first)}))
+    second = first.rename(runs.folder / "second.gguf")
+
+    def refuse(*given: object) -> None:
+        raise AssertionError("a stored model is scored again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compare, "run_worker", refuse)
+        code, (after,) = runs.compare(data, runs.models({"model_dir": str(second)}))
+    assert code == 0 and (after["key"], after["ppl"]) == (before["key"], before["ppl"])
+    write_gguf(second, {"token_embd.weight": values, "output.weight": values + 1})
+    _, (changed,) = runs.compare(data, runs.models({"model_dir": str(second)}))
+    assert changed["key"] != before["key"]
 
 
 def test_without_its_files_a_finished_result_still_shows(runs: Runs) -> None:
