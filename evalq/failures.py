@@ -91,7 +91,7 @@ CATEGORIES: dict[str, Category] = {
 
 _OOM = r"torch\.(cuda\.)?OutOfMemoryError|CUDA out of memory|CUDA (driver )?error: out of memory"
 _OOM += r"|DefaultCPUAllocator|not enough memory|MemoryError|Unable to allocate|failed to allocate"
-_OOM += r"|cudaMalloc failed"
+_OOM += r"|cudaMalloc failed|Cannot allocate memory"
 _PATTERNS: tuple[tuple[str, str], ...] = (
     (
         r"No available memory for the cache blocks|leaving none for the KV cache"

@@ -18,6 +18,7 @@ MESSAGES = [
     ("AssertionError: Cannot re-initialize the input batch when CPU weight offloading is enabled", "load", "offload_unsupported"),
     ("RuntimeError: No CUDA GPUs are available", "load", "no_gpu"),
     ("MemoryError: Unable to allocate 1.2 GiB for an array", "forward", "oom_forward"),
+    ("RuntimeError: unable to mmap 4295458632756 bytes from file </m/model.safetensors>: Cannot allocate memory (12)", "load", "oom_load"),
     ("ModuleNotFoundError: No module named 'gptqmodel'", "load", "engine_missing"),
     ("SafetensorError: Error while deserializing header: HeaderTooLarge", "load", "model_corrupt"),
     ("KeyError: 'foo'", "forward", "engine_error"),

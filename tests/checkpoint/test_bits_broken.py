@@ -259,7 +259,6 @@ def test_remote_code_and_files_of_a_checkpoint(tmp_path):
     names = {f.name for f in checkpoint.files}
     assert names == {"model.safetensors", "config.json", "quantize_config.json", "modeling_x.py"}
     assert [f.name for f in checkpoint.tokenizer_files] == ["tokenizer.json", "tokenizer_config.json"]
-    assert checkpoint.needs_remote_code
     assert (checkpoint.max_positions, checkpoint.vocab_size) == (777, 99)
 
 

@@ -175,7 +175,7 @@ def test_agrees_with_the_gguf_packages_reader(tmp_path):
 def test_checkpoint_of_a_gguf_file(tmp_path):
     checkpoint = open_checkpoint(write(tmp_path / "m.gguf", model(Type.Q4_0)))
     assert (checkpoint.kind, checkpoint.max_positions, checkpoint.vocab_size) == ("gguf", 4096, VOCAB)
-    assert (checkpoint.config, checkpoint.needs_remote_code) == ({}, False)
+    assert checkpoint.config == {}
 
 
 def test_a_large_vocabulary_is_counted_and_not_kept(tmp_path):
