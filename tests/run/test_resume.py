@@ -212,3 +212,4 @@ def test_a_worker_that_holds_the_interpreter_ends_with_its_parent(runs: Runs) ->
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    assert workers
