@@ -8,7 +8,7 @@ from evalq.errors import ModelError
 from evalq.failures import remedy_of
 from evalq.files import read_json, write_json
 from evalq.results.metrics import Measured, compute
-from evalq.results.record import Failure, ModelFacts, ResultRecord, read_record
+from evalq.results.record import Failure, ResultRecord, read_record
 from evalq.results.store import ResultDir
 from evalq.results.tokens import TokenColumns
 from evalq.run.prepare_data import PreparedData
@@ -48,7 +48,7 @@ def scored_record(
         **_described(model.spec, data),
         **_bits(model),
         metrics=metrics,
-        model=_facts(model.facts, run),
+        model=model.facts,
         tokens_scored=measured.n_tokens,
         tokens_nonfinite=measured.n_nonfinite,
         tokens_per_second=None if speed else scores.timing.tokens_per_second,
@@ -101,12 +101,6 @@ def failed_record(
         identity=data.comparison if model is None else {**data.comparison, **model.identity},
         key=key,
     )
-
-
-def _facts(facts: ModelFacts, run: dict[str, Any]) -> ModelFacts:
-    """What was scored, with the path it had then."""
-    path = run.get("model_path")
-    return facts.model_copy(update={"path": path}) if isinstance(path, str) else facts
 
 
 def _speed_notes(model: PreparedModel, scores: TokenColumns) -> list[str]:
