@@ -1,1 +1,1 @@
-"""Engines, one module each; reached by name through `evalq.registry`."""
+"""Engines, one module each; reached by name through `evalq.engine.registry`."""

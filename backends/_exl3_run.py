@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from evalq.backend import Batch
 from evalq.backends._torch_scores import score_rows
+from evalq.engine.backend import Batch
 
 # Above exllamav3's AUTO_RECONSTRUCT_THRESHOLD (144 rows) in version 1.6.
 INPUT_TOKENS_MIN = 256

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evalq.backend import Tokenizer
+from evalq.engine.backend import Tokenizer
 from evalq.errors import ModelError
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -38,7 +38,7 @@ class TransformersPlan:
 
     @property
     def category(self) -> str | None:
-        """Key of `evalq.failures.CATEGORIES`; None when it fits."""
+        """Key of `evalq.engine.failures.CATEGORIES`; None when it fits."""
         return None if self.fits else "oom_load"
 
     @property

@@ -1,8 +1,8 @@
 """What transformers will need for a checkpoint, with the batches that this backend makes."""
 
-from evalq.backend import LoadRequest, Machine, Prediction
 from evalq.backends._hf_memory import plan_transformers
 from evalq.checkpoint.shape import read_shape
+from evalq.engine.backend import LoadRequest, Machine, Prediction
 
 GPU_BATCH_TOKENS = 8192
 # Large enough that a matrix product is not slowed down, far below the [T, V] of any real vocabulary.

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evalq.backend import Ids, Scores
 from evalq.backends import _llama
-from evalq.columns import ENTROPY, LOGPROB, TOP1
+from evalq.engine.backend import Ids, Scores
+from evalq.engine.columns import ENTROPY, LOGPROB, TOP1
 
 
 @dataclass

@@ -8,8 +8,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from evalq.backend import LoadRequest, Option
 from evalq.backends import _llama
+from evalq.engine.backend import LoadRequest, Option
 from evalq.errors import ModelError
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from evalq.backend import Option
 from evalq.checkpoint.damage import clipped
+from evalq.engine.backend import Option
 from evalq.errors import ModelError
 
 OPTIONS = {

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from evalq.backends._server_client import NotOffered
 from evalq.backends._vllm_scores import LN_HALF, Row
-from evalq.columns import LOGPROB, TOP1, TOP1_BOUND
+from evalq.engine.columns import LOGPROB, TOP1, TOP1_BOUND
 from evalq.errors import ModelError
 
 Ids = NDArray[np.int64]

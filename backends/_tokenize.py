@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from evalq.backend import LoadRequest, Tokenizer
+from evalq.engine.backend import LoadRequest, Tokenizer
 
 HF_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 

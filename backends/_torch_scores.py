@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from evalq.columns import ENTROPY, LOGPROB, TOP1
+from evalq.engine.columns import ENTROPY, LOGPROB, TOP1
 
 COLUMNS = (LOGPROB, TOP1, ENTROPY)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evalq.backends._vllm_options import Hardware
+from evalq.engine.failures import classify
 from evalq.errors import ModelError
-from evalq.failures import classify
 
 _SETTINGS = {
     # In this process, so that ending it ends the engine; with several GPUs only their workers are children.

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from evalq.backend import LoadRequest, Option
 from evalq.backends._vllm_lora import lora_arguments
+from evalq.engine.backend import LoadRequest, Option
 from evalq.errors import ModelError
 
 # Tokens per step: more are faster on a large GPU (3.4 times from 2048 to 16384 with a small model on an

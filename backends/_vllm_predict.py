@@ -2,9 +2,9 @@
 
 import re
 
-from evalq.backend import LoadRequest, Machine, Prediction
 from evalq.backends._vllm_options import Hardware, step_tokens_for, utilization_for
 from evalq.checkpoint.shape import read_shape
+from evalq.engine.backend import LoadRequest, Machine, Prediction
 from evalq.vllm_memory.gpus import gpu_reported
 from evalq.vllm_memory.plan import PlanSettings, plan
 

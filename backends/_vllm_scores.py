@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evalq.columns import LOGPROB, TOP1, TOP1_BOUND
+from evalq.engine.columns import LOGPROB, TOP1, TOP1_BOUND
 from evalq.errors import ModelError
 
 # A token that has more than half of the probability is the most probable one.

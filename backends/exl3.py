@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from evalq.backend import Backend, Batch, LoadedModel, LoadRequest, Option, Scores, Tokenizer
 from evalq.backends._exl3_run import CHUNK_ROWS_MIN, INPUT_TOKENS_MIN, MIB, Handle, resident, streamed
 from evalq.backends._exl3_tokenizer import TOKENIZER_FILE, load_tokenizer
 from evalq.backends._tokenize import tokenize_fn
 from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, to_arrays
 from evalq.checkpoint.adapter import Adapter
+from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Option, Scores, Tokenizer
 from evalq.errors import ModelError
 
 OPTIONS = {

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from evalq.backend import Backend, Batch, Ids, LoadedModel, LoadRequest, Option, Scores, Tokenizer
-from evalq.columns import ENTROPY, LOGPROB, TOP1, TOP1_BOUND
+from evalq.engine.backend import Backend, Batch, Ids, LoadedModel, LoadRequest, Option, Scores, Tokenizer
+from evalq.engine.columns import ENTROPY, LOGPROB, TOP1, TOP1_BOUND
 from evalq.errors import ModelError
 
 OPTIONS = {

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from evalq.backend import Backend, Batch, Ids, LoadedModel, LoadRequest, Scores, Tokenizer
 from evalq.backends import _llama
 from evalq.backends._llama_batch import COLUMNS, LlamaBatch, score_rows
 from evalq.backends._llama_plan import OPTIONS, Plan, context_params, make_plan, model_params
+from evalq.engine.backend import Backend, Batch, Ids, LoadedModel, LoadRequest, Scores, Tokenizer
 from evalq.errors import ModelError
 
 _NOTABLE_WARNING = r"missing pre-tokenizer|not supported, set to disabled|bad special token"

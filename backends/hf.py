@@ -20,7 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from evalq.backend import (
+from evalq.backends._hf_predict import GPU_BATCH_TOKENS, HEAD_CHUNK_MIB, predict
+from evalq.backends._tokenize import tokenize_fn
+from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, score_rows, to_arrays
+from evalq.checkpoint.adapter import FEATURES, Adapter
+from evalq.engine.backend import (
     Backend,
     Batch,
     LoadedModel,
@@ -31,10 +35,6 @@ from evalq.backend import (
     Scores,
     Tokenizer,
 )
-from evalq.backends._hf_predict import GPU_BATCH_TOKENS, HEAD_CHUNK_MIB, predict
-from evalq.backends._tokenize import tokenize_fn
-from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, score_rows, to_arrays
-from evalq.checkpoint.adapter import FEATURES, Adapter
 from evalq.errors import ModelError
 
 OPTIONS = {

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evalq.backend import Backend, Batch, LoadedModel, LoadRequest, Scores
 from evalq.backends._server_client import Client
 from evalq.backends._server_contact import Served, find_served, score, serves_elsewhere
 from evalq.backends._server_options import OPTIONS, read_settings
 from evalq.backends._vllm_scores import Row
 from evalq.checkpoint.headers import Checkpoint, open_checkpoint
-from evalq.columns import LOGPROB, TOP1, TOP1_BOUND
+from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Scores
+from evalq.engine.columns import LOGPROB, TOP1, TOP1_BOUND
+from evalq.engine.registry import backend, tokenizer_backend
 from evalq.errors import ModelError
-from evalq.registry import backend, tokenizer_backend
 
 
 @dataclass(frozen=True)

@@ -25,16 +25,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evalq.backend import (
-    Backend,
-    Batch,
-    LoadedModel,
-    LoadRequest,
-    Machine,
-    Prediction,
-    Scores,
-    Tokenizer,
-)
 from evalq.backends._tokenize import tokenize_fn
 from evalq.backends._vllm_engine import (
     AccuracyWarnings,
@@ -49,7 +39,17 @@ from evalq.backends._vllm_memory import peak_bytes, used_memory
 from evalq.backends._vllm_options import OPTIONS, Hardware, cpu_kv_gib, engine_arguments
 from evalq.backends._vllm_predict import predict
 from evalq.backends._vllm_scores import Row, from_prompt_logprobs, from_token_id_logprobs
-from evalq.columns import LOGPROB, TOP1, TOP1_BOUND
+from evalq.engine.backend import (
+    Backend,
+    Batch,
+    LoadedModel,
+    LoadRequest,
+    Machine,
+    Prediction,
+    Scores,
+    Tokenizer,
+)
+from evalq.engine.columns import LOGPROB, TOP1, TOP1_BOUND
 from evalq.errors import ModelError
 
 # Windows given to the engine at once: enough to keep it busy, few enough to keep memory flat.

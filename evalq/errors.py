@@ -7,7 +7,7 @@
     ├── StoreError            results that cannot be read or written (exit code 2)
     └── ModelError            one model cannot be scored: becomes a failed record (exit code 1)
 
-A `ModelError` carries a category of `evalq.failures.CATEGORIES`; the run goes on with the next model.
+A `ModelError` carries a category of `evalq.engine.failures.CATEGORIES`; the run goes on with the next model.
 """
 
 
@@ -51,7 +51,7 @@ class ModelError(EvalqError):
 
     Args:
         message: the engine's own words where it has some.
-        category: a key of `evalq.failures.CATEGORIES`.
+        category: a key of `evalq.engine.failures.CATEGORIES`.
         remedy: what to do; None takes the category's own.
     """
 

@@ -36,7 +36,7 @@ from common import (
     write_data_spec,
 )
 
-from evalq.backend import Batch, LoadRequest
+from evalq.engine.backend import Batch, LoadRequest
 from evalq.machine import environment
 
 HEAD_BITS, CALIBRATION_ROWS, TIMED_PASSES = 6, 32, 5

@@ -35,8 +35,8 @@ from common import (
     windows_WT,
 )
 
-from evalq.backend import Batch, LoadRequest
 from evalq.backends._vllm_engine import set_environment
+from evalq.engine.backend import Batch, LoadRequest
 from evalq.machine import environment
 
 TIMED_PASSES = 3

@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Every engine: what is installed, or what to install. Exit code 0."""
+    from evalq.engine.registry import ALIASES, backend_names
     from evalq.errors import ModelError
-    from evalq.registry import ALIASES, backend_names
     from evalq.show.columns import MINOR, Column, print_columns
     from evalq.show.console import output
 
@@ -52,9 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _state(name: str) -> tuple[str, str]:
     """What is installed or what to do, and the style to show it in."""
+    from evalq.engine.interpreters import versions
+    from evalq.engine.registry import backend
     from evalq.errors import EvalqError
-    from evalq.interpreters import versions
-    from evalq.registry import backend
     from evalq.spec.config import engine_python
 
     try:
@@ -67,7 +67,7 @@ def _state(name: str) -> tuple[str, str]:
 
 
 def _print_options(name: str, console: "Console") -> None:
-    from evalq.registry import backend
+    from evalq.engine.registry import backend
     from evalq.show.columns import MAJOR, Column, print_columns
     from evalq.show.console import say
 

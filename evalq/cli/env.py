@@ -24,10 +24,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from evalq.engine.interpreters import versions
+    from evalq.engine.registry import backend_names
     from evalq.errors import EvalqError
-    from evalq.interpreters import versions
     from evalq.machine import environment
-    from evalq.registry import backend_names
     from evalq.show.columns import Column, print_columns
     from evalq.show.console import output, say
     from evalq.show.plain import json_text

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from evalq.backend import Ids
+from evalq.engine.backend import Ids
 
 BosPolicy = Literal["default", "never", "every_window"]
 Head = Literal["keep", "prepend", "overwrite"]

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from evalq.backend import Ids
 from evalq.data.windows import StreamFacts
+from evalq.engine.backend import Ids
 from evalq.files import write_atomic
 
 PROBE_CHARACTERS = 2000

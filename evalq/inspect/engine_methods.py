@@ -9,7 +9,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-from evalq.interpreters import ask
+from evalq.engine.interpreters import ask
 
 # Engine -> its file below a folder of packages, and the variables there whose strings are methods.
 _TABLES = {

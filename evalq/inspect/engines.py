@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from evalq.checkpoint.bits import GIB
 from evalq.checkpoint.headers import Checkpoint, config_groups
 from evalq.checkpoint.safetensors import Logical
+from evalq.engine.interpreters import ask, versions
+from evalq.engine.registry import backend, backend_names
 from evalq.errors import EvalqError
 from evalq.inspect.engine_methods import listed_methods, lists
 from evalq.inspect.facts import Facts
-from evalq.interpreters import ask, versions
 from evalq.machine import Machine
-from evalq.registry import backend, backend_names
 from evalq.spec.config import engine_python
 
 PLAIN, GGUF, GPT_OSS = "plain", "GGUF", "gpt-oss MXFP4"

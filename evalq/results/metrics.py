@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from evalq.columns import LOGPROB, TOP1, TOP1_BOUND
+from evalq.engine.columns import LOGPROB, TOP1, TOP1_BOUND
 from evalq.results.statistics import Float64s, clustered_stderr, exp, require_finite
 
 

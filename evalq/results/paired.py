@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evalq.columns import LOGPROB
+from evalq.engine.columns import LOGPROB
 from evalq.errors import ModelError
 from evalq.results.metrics import Estimate
 from evalq.results.statistics import clustered_stderr, require_finite

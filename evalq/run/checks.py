@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from evalq.backend import Backend, Batch, LoadedModel, Scores
-from evalq.columns import Column
 from evalq.data.tokens import TokenStream
 from evalq.data.windows import WindowPlan
+from evalq.engine.backend import Backend, Batch, LoadedModel, Scores
+from evalq.engine.columns import Column
 from evalq.errors import ModelError
 
 

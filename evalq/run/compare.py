@@ -10,10 +10,10 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from evalq.data.sources import load_text
+from evalq.engine.failures import remedy_of
+from evalq.engine.registry import resolve_engine
 from evalq.errors import ModelError, StoreError
-from evalq.failures import remedy_of
 from evalq.files import write_json
-from evalq.registry import resolve_engine
 from evalq.results.record import ResultRecord
 from evalq.results.reference import Candidate, Reference, choose, with_reference
 from evalq.results.store import ResultDir, Store, key_of

@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 from evalq.data.windows import StreamFacts, WindowPlan
+from evalq.engine.failures import remedy_of
 from evalq.errors import ModelError
-from evalq.failures import remedy_of
 from evalq.files import read_json, write_json
 from evalq.results.metrics import Measured, compute
 from evalq.results.record import Failure, ResultRecord, read_record

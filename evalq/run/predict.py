@@ -4,8 +4,8 @@ The backend predicts, from headers and config alone; a model that cannot fit bec
 predicted figures. Where the estimates leave it open, the engine is started.
 """
 
-from evalq.backend import LoadRequest, Machine, Prediction
 from evalq.data.windows import WindowPlan
+from evalq.engine.backend import LoadRequest, Machine, Prediction
 from evalq.errors import ModelError, SpecError
 from evalq.machine import environment
 from evalq.run.prepare_model import PreparedModel

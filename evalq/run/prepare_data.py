@@ -11,10 +11,10 @@ from evalq.data.protocols import PROTOCOLS
 from evalq.data.sources import Text, settings_of
 from evalq.data.tokens import TokenStream, cut, read_stream
 from evalq.data.windows import ProtocolSettings, WindowPlan, plan_windows, stream_special_tokens
+from evalq.engine.failures import remedy_of
+from evalq.engine.registry import tokenizer_backend
 from evalq.errors import DataError, ModelError
-from evalq.failures import remedy_of
 from evalq.files import read_json, write_json
-from evalq.registry import tokenizer_backend
 from evalq.results.metrics import TextScale
 from evalq.results.store import Store, key_of
 from evalq.run.job import TokenizeJob

@@ -14,11 +14,11 @@ from evalq.checkpoint.bits import StorageReport
 from evalq.checkpoint.fingerprint import Fingerprint, fingerprint
 from evalq.checkpoint.headers import Checkpoint, open_checkpoint
 from evalq.checkpoint.locate import ModelFiles, locate, locate_adapter
+from evalq.engine.interpreters import versions
+from evalq.engine.registry import Engine, resolve_engine
 from evalq.errors import ModelError
 from evalq.files import read_json, write_json
 from evalq.inspect.consistency import require_sound
-from evalq.interpreters import versions
-from evalq.registry import Engine, resolve_engine
 from evalq.results.record import ModelFacts
 from evalq.results.store import Store, key_of
 from evalq.spec import LoraSpec, ModelSpec

@@ -16,10 +16,10 @@ from typing import IO, Any
 
 import psutil
 
-from evalq.columns import DEFAULT_COLUMNS
+from evalq.engine.columns import DEFAULT_COLUMNS
+from evalq.engine.failures import from_exit
+from evalq.engine.interpreters import ask
 from evalq.errors import DataError, ModelError, StoreError
-from evalq.failures import from_exit
-from evalq.interpreters import ask
 from evalq.run.job import Job, other_evalq, to_line
 from evalq.version import JOB_VERSION
 

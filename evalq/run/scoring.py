@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from evalq.backend import Backend, Batch, LoadedModel, LoadRequest, Scores
 from evalq.checkpoint.adapter import read_adapter
 from evalq.data.tokens import TokenStream, cut, read_stream
 from evalq.data.windows import WindowPlan, plan_windows
+from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Scores
+from evalq.engine.registry import backend
 from evalq.errors import ModelError, StoreError
 from evalq.files import write_json
 from evalq.machine import environment
-from evalq.registry import backend
 from evalq.results.store import Held, ResultDir
 from evalq.results.tokens import Part, Timing
 from evalq.run.checks import check_model, check_scores, given_columns
@@ -237,6 +237,6 @@ def _described(job: ScoreJob, model: LoadedModel, memory_after_load: int) -> dic
 
 def _packages(job: ScoreJob) -> dict[str, str]:
     """Versions of the engine's distributions in this interpreter."""
-    from evalq.interpreters import versions
+    from evalq.engine.interpreters import versions
 
     return versions(job.load)

@@ -12,11 +12,11 @@ from types import FrameType
 
 import numpy as np
 
-from evalq.backend import Tokenizer
 from evalq.data.tokens import PROBE_CHARACTERS, PROBE_EXTRA, write_stream
 from evalq.data.windows import StreamFacts
+from evalq.engine.backend import Tokenizer
+from evalq.engine.registry import backend
 from evalq.errors import ModelError
-from evalq.registry import backend
 from evalq.run.job import TokenizeJob
 
 # A chat template is a program of the checkpoint. An honest one takes milliseconds.

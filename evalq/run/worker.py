@@ -20,8 +20,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from evalq.engine.failures import from_exception, remedy_of
 from evalq.errors import EvalqError, ModelError, StoreError
-from evalq.failures import from_exception, remedy_of
 from evalq.run.job import ScoreJob, TokenizeJob, from_line
 from evalq.run.scoring import score
 from evalq.run.tokenizing import tokenize

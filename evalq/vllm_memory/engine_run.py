@@ -8,7 +8,7 @@ because every worker gets the same number of blocks.
 from dataclasses import dataclass
 from typing import Literal
 
-from evalq.failures import CATEGORIES
+from evalq.engine.failures import CATEGORIES
 
 Status = Literal["success", "failed", "incomplete"]
 
@@ -102,7 +102,7 @@ class RunFailure:
     """How a run ended, with the figures of the message.
 
     Args:
-        category: a key of `evalq.failures.CATEGORIES`.
+        category: a key of `evalq.engine.failures.CATEGORIES`.
         message: the engine's own words, one line.
         line: in its log; 0 where there is none.
         tried_gib: the allocation that did not fit.

@@ -76,7 +76,7 @@ class VllmPlan:
 
     @property
     def category(self) -> str | None:
-        """Key of `evalq.failures.CATEGORIES` that vLLM's own error would have; None when it fits."""
+        """Key of `evalq.engine.failures.CATEGORIES` that vLLM's own error would have; None when it fits."""
         return _CATEGORIES[self.status]
 
     @property

@@ -15,7 +15,7 @@ import math
 import re
 from shlex import quote
 
-from evalq.failures import CATEGORIES
+from evalq.engine.failures import CATEGORIES
 from evalq.vllm_memory.engine_run import EngineRun
 
 GIB = 2**30

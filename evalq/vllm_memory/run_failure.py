@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
-from evalq.failures import classify, from_exit
+from evalq.engine.failures import classify, from_exit
 from evalq.vllm_memory.engine_run import RunFailure
 from evalq.vllm_memory.log import NUMBER, LogLine, number
 

@@ -24,13 +24,13 @@ from conftest import Runs
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from evalq.backend import Batch, LoadedModel, LoadRequest
 from evalq.backends import _exl3_run, exl3
 from evalq.backends._exl3_run import CHUNK_ROWS_MIN, INPUT_TOKENS_MIN, Handle, resident, streamed
 from evalq.backends._exl3_tokenizer import JsonTokenizer
 from evalq.checkpoint.headers import open_checkpoint
+from evalq.engine.backend import Batch, LoadedModel, LoadRequest
+from evalq.engine.failures import CATEGORIES
 from evalq.errors import ModelError
-from evalq.failures import CATEGORIES
 
 EXL3 = exl3.Exl3Backend()
 
@@ -59,7 +59,7 @@ def test_without_a_gpu_it_says_so_before_the_engine_is_imported(tiny: Path, tmp_
     (tmp_path / "stub" / "exllamav3.py").write_text("raise SystemExit('imported')")
     code = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[1])\n"
-        "from evalq.backend import LoadRequest; from evalq.backends import exl3\n"
+        "from evalq.engine.backend import LoadRequest; from evalq.backends import exl3\n"
         "from evalq.errors import ModelError\n"
         "try: exl3.Exl3Backend().load(LoadRequest(pathlib.Path(sys.argv[2]), 16, 15, {}))\n"
         "except ModelError as error: print(error.category, error)"

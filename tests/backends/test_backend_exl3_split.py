@@ -13,8 +13,8 @@ import pytest
 from backend_calls import score_batches
 from gpu_models import make_model
 
-from evalq.backend import Batch, LoadedModel, LoadRequest
 from evalq.backends.exl3 import Exl3Backend
+from evalq.engine.backend import Batch, LoadedModel, LoadRequest
 
 EXL3 = Exl3Backend()
 

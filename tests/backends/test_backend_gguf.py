@@ -11,10 +11,10 @@ import psutil
 import pytest
 from backend_calls import score_one
 
-from evalq.backend import LoadedModel, LoadRequest
 from evalq.backends import _llama, _llama_batch, _llama_plan, gguf
+from evalq.engine.backend import LoadedModel, LoadRequest
+from evalq.engine.failures import CATEGORIES
 from evalq.errors import ModelError
-from evalq.failures import CATEGORIES
 
 GGUF = gguf.GgufBackend()
 
@@ -396,7 +396,7 @@ OUT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
 from evalq.backends import _llama, gguf
-from evalq.backend import LoadRequest
+from evalq.engine.backend import LoadRequest
 from evalq.errors import ModelError
 _llama.engine()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -418,7 +418,8 @@ def test_running_out_of_memory_while_loading(tiny):
 def test_a_missing_engine_says_how_to_install_it(tiny):
     program = (
         "import sys; sys.modules['llama_cpp'] = None\n"
-        "from pathlib import Path; from evalq.backends import gguf; from evalq.backend import LoadRequest\n"
+        "from pathlib import Path; from evalq.backends import gguf\n"
+        "from evalq.engine.backend import LoadRequest\n"
         "from evalq.errors import ModelError\n"
         "assert gguf.GgufBackend.options\n"
         "try: gguf.GgufBackend().load(LoadRequest(Path(sys.argv[1]), 8, 7, {}))\n"

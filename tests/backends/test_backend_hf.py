@@ -11,8 +11,8 @@ from backend_calls import score_one
 from conftest import Runs
 from numpy.typing import NDArray
 
-from evalq.backend import LoadRequest
 from evalq.backends import hf
+from evalq.engine.backend import LoadRequest
 from evalq.errors import ModelError
 
 HF = hf.HfBackend()

@@ -11,11 +11,11 @@ from backend_calls import score_batches, score_one
 from conftest import Runs
 from scoring_server import IDS, KEY, Load, StandIn, loading, serving
 
-from evalq.backend import Batch, LoadRequest
 from evalq.backends._server_contact import serves_elsewhere
 from evalq.backends._server_options import OPTIONS
 from evalq.backends._server_scores import WAYS, Choice, parsed
 from evalq.backends.server import ServerBackend
+from evalq.engine.backend import Batch, LoadRequest
 from evalq.errors import ModelError
 
 SERVER = ServerBackend()

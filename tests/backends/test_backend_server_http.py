@@ -24,9 +24,9 @@ from scoring_server import (
     status,
 )
 
-from evalq.backend import Batch, LoadRequest
 from evalq.backends._server_options import read_settings
 from evalq.backends.server import ServerBackend
+from evalq.engine.backend import Batch, LoadRequest
 from evalq.errors import ModelError
 
 SERVER = ServerBackend()

@@ -16,9 +16,9 @@ from conftest import ROOT, Runs
 from safetensors.numpy import load_file
 from scoring_server import KEY
 
-from evalq.backend import LoadRequest
 from evalq.backends._server_scores import WAYS
 from evalq.backends.server import ServerBackend
+from evalq.engine.backend import LoadRequest
 from evalq.errors import ModelError
 
 SERVER = ServerBackend()

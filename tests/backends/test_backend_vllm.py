@@ -20,12 +20,12 @@ from conftest import ROOT, Runs
 from lora_adapters import merged, write_peft
 from safetensors.numpy import load_file
 
-from evalq.backend import Batch, LoadedModel, LoadRequest
 from evalq.backends import vllm
 from evalq.backends._vllm_engine import AccuracyWarnings, numerics_notes, start_error
 from evalq.backends._vllm_memory import used_memory
 from evalq.backends._vllm_options import OPTIONS, Hardware, cpu_kv_gib, engine_arguments
 from evalq.backends._vllm_scores import from_prompt_logprobs, from_token_id_logprobs
+from evalq.engine.backend import Batch, LoadedModel, LoadRequest
 from evalq.errors import ModelError
 from evalq.run.checks import given_columns
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from other_int4 import CONFIGS, GROUP, layer
 from safetensors.numpy import load_file
 
-from evalq.backend import LoadRequest
 from evalq.backends.hf import HfBackend
+from evalq.engine.backend import LoadRequest
 
 HF = HfBackend()
 GPTQ_PYTHON = Path(os.environ.get("EVALQ_TEST_GPTQ_PYTHON", ROOT / ".venv-gptq" / "bin" / "python"))

@@ -13,13 +13,13 @@ import pytest
 import torch
 from convert_cases import FLOATS, compress, config, loaded, split, tensors, write_layers
 
-from evalq.backend import Batch, LoadRequest
 from evalq.checkpoint.headers import open_checkpoint
 from evalq.checkpoint.provenance import PROVENANCE_FILE
 from evalq.checkpoint.safetensors import read_contents
 from evalq.cli import dequantize as dequantize_command
 from evalq.convert.dense import write_dense
 from evalq.convert.dequantize import dequantize
+from evalq.engine.backend import Batch, LoadRequest
 from evalq.errors import EvalqError, ModelError, SpecError, StoreError
 
 SCHEMES = (

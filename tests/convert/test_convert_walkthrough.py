@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from evalq.backend import Batch, LoadRequest
 from evalq.checkpoint.adapter import read_adapter
+from evalq.engine.backend import Batch, LoadRequest
 from evalq.spec import load_model_specs
 
 TEXT = (ROOT / "docs" / "lora.md").read_text()

@@ -9,7 +9,7 @@ from fuzz.mutators import mutate_bytes, mutate_json, mutate_text
 
 from evalq.cli.given import data_spec, model_specs
 from evalq.data.sources import load_text, settings_of
-from evalq.registry import resolve_engine
+from evalq.engine.registry import resolve_engine
 from evalq.spec import load_data_spec, load_model_specs, require_unique_labels, shipped_specs, tell_apart
 from evalq.spec.config import read_config
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from evalq.backend import Backend, Batch, LoadedModel, LoadRequest, Option, Scores
-from evalq.columns import LOGPROB, TOP1, Column
+from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Option, Scores
+from evalq.engine.columns import LOGPROB, TOP1, Column
 
 HEADS = Column("heads", "float32", "share of tosses before the token that showed its side")
 

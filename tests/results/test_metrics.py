@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evalq.engine.failures import CATEGORIES
 from evalq.errors import ModelError
-from evalq.failures import CATEGORIES
 from evalq.results.metrics import METRICS, Estimate, Measured, Metric, TextScale, compute
 from evalq.results.paired import Pair, compare
 from evalq.results.record import AgainstReference, ResultRecord

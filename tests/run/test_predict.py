@@ -7,8 +7,8 @@ import pytest
 from checkpoints import headers_only
 from conftest import Runs
 
-from evalq.backend import LoadRequest, Machine
 from evalq.backends import hf, vllm
+from evalq.engine.backend import LoadRequest, Machine
 
 
 def test_vllm_on_a_gpu_that_is_too_small(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from conftest import Runs
 
-from evalq.columns import DEFAULT_COLUMNS
 from evalq.data.windows import ProtocolSettings
+from evalq.engine.columns import DEFAULT_COLUMNS
 from evalq.errors import ModelError
 from evalq.run import compare, process
 from evalq.run.job import ScoreJob, TokenizeJob, from_line, to_line

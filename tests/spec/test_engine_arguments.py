@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from conftest import Runs
 
+from evalq.engine.registry import Engine, resolve_engine
 from evalq.errors import SpecError
-from evalq.registry import Engine, resolve_engine
 from evalq.spec import load_model_specs
 
 ARGUMENTS = {

@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT
 
 from evalq.data.windows import PROTOCOLS
+from evalq.engine.registry import resolve_engine
 from evalq.errors import SpecError
-from evalq.registry import resolve_engine
 from evalq.spec import (
     DataSpec,
     ModelSpec,

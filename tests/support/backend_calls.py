@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from evalq.backend import Backend, Batch, LoadedModel, Scores
-from evalq.columns import DEFAULT_COLUMNS
+from evalq.engine.backend import Backend, Batch, LoadedModel, Scores
+from evalq.engine.columns import DEFAULT_COLUMNS
 from evalq.run.checks import given_columns
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evalq.backend import LoadedModel, LoadRequest
 from evalq.backends import _server_client
 from evalq.backends._server_contact import PROBE_IDS
 from evalq.backends.server import ServerBackend
+from evalq.engine.backend import LoadedModel, LoadRequest
 
 KEY = "sk-Kept-To-Itself-31415"
 IDS = np.array([[7, 3, 9, 4, 5]], np.int64)

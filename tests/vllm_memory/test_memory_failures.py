@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evalq.failures import CATEGORIES
+from evalq.engine.failures import CATEGORIES
 from evalq.vllm_memory.engine_run import EngineRun
 from evalq.vllm_memory.reader import read_logs
 

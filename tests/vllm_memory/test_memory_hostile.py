@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from evalq.engine.failures import classify
 from evalq.errors import SpecError
-from evalq.failures import classify
 from evalq.vllm_memory import log
 from evalq.vllm_memory.engine_run import EngineRun
 from evalq.vllm_memory.log import parse_line

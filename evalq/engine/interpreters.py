@@ -23,8 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+from evalq.engine.registry import backend
 from evalq.errors import ModelError
-from evalq.registry import backend
 from evalq.version import JOB_VERSION, __version__
 
 TIMEOUT_SECONDS = 60.0

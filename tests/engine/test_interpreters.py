@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from evalq import interpreters
+from evalq.engine import interpreters
+from evalq.engine.interpreters import ask, versions
 from evalq.errors import ModelError
-from evalq.interpreters import ask, versions
 from evalq.version import __version__
 
 

@@ -5,7 +5,7 @@ Backends come through the entry-point group `evalq.backends`, the built-in ones 
     [project.entry-points."evalq.backends"]
     myengine = "my_package.my_module:MyEngine"
 
-makes `"load_fn": "myengine"` valid. MyEngine is a subclass of `evalq.backend.Backend`.
+makes `"load_fn": "myengine"` valid. MyEngine is a subclass of `evalq.engine.backend.Backend`.
 """
 
 import importlib.metadata
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from evalq.backend import Backend, Option
+from evalq.engine.backend import Backend, Option
 from evalq.errors import ModelError, SpecError
 from evalq.spec import ModelSpec, nearest
 
@@ -88,7 +88,7 @@ def backend(name: str) -> Backend:
             ) from None
         if not (isinstance(found, type) and issubclass(found, Backend)):
             raise ModelError(
-                f'the backend "{name}" ({point.value}) is no subclass of evalq.backend.Backend',
+                f'the backend "{name}" ({point.value}) is no subclass of evalq.engine.backend.Backend',
                 "engine_missing",
                 "install a version of its package made for this version of evalq",
             )

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
+from evalq.engine.failures import CATEGORIES, classify, from_exception, from_exit, remedy_of
 from evalq.errors import ModelError
-from evalq.failures import CATEGORIES, classify, from_exception, from_exit, remedy_of
 
 MESSAGES = [
     ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 3.50 GiB. GPU 0 has", "load", "oom_load"),

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evalq.checkpoint.adapter import Adapter
-from evalq.columns import DEFAULT_COLUMNS, LOGPROB, TOP1, Column
+from evalq.engine.columns import DEFAULT_COLUMNS, LOGPROB, TOP1, Column
 from evalq.errors import ModelError
 
 Ids = NDArray[np.int64]
@@ -235,7 +235,7 @@ class Backend(ABC):
 
     @abstractmethod
     def load(self, request: LoadRequest) -> LoadedModel:
-        """Load a model. Raises ModelError; any other exception is sorted by `evalq.failures`."""
+        """Load a model. Raises ModelError; any other exception is sorted by `evalq.engine.failures`."""
 
     @abstractmethod
     def score(self, model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
