@@ -13,7 +13,7 @@ class Column:
 
     Args:
         name: in the store, in batches and in metrics.
-        dtype: numpy's name of what is stored, "float32" or "bool".
+        dtype: numpy's name of what is stored, "float32", "int32" or "bool".
         help: one line: what the value is, and its unit.
         needs: names of the inputs that a batch must carry for it (`Batch.inputs`).
         bound: the column that a model gives instead where it knows a lower bound only; it is another
@@ -31,6 +31,14 @@ LOGPROB = Column("logprob", "float32", "ln P(token | everything before it in its
 TOP1_BOUND = Column("top1_bound", "bool", "whether the token is known to be the most probable one")
 TOP1 = Column("top1", "bool", "whether the token is the most probable one", bound=TOP1_BOUND.name)
 ENTROPY = Column("entropy", "float32", "entropy of the model's distribution for the token, nats")
+ARGMAX = Column("argmax", "int32", "id of the most probable token, the first one of equals")
+MAX_PROB = Column("max_prob", "float32", "probability of the most probable token")
+
+# Beside the reference p, over the whole vocabulary that both share; q is the model.
+REFERENCE = "reference"
+KLD_BOUND = Column("kld_bound", "float32", "a lower bound of kld, from a part of the vocabulary", (REFERENCE,))
+KLD = Column("kld", "float32", "sum p (ln p - ln q), nats", (REFERENCE,), KLD_BOUND.name)
+ACCEPTANCE = Column("acceptance", "float32", "sum min(p, q)", (REFERENCE,))
 
 # What every comparison asks for; metrics that need more ask for more.
 DEFAULT_COLUMNS = (LOGPROB.name, TOP1.name)
