@@ -36,7 +36,9 @@ MAX_PROB = Column("max_prob", "float32", "probability of the most probable token
 
 # Beside the reference p, over the whole vocabulary that both share; q is the model.
 REFERENCE = "reference"
-KLD_BOUND = Column("kld_bound", "float32", "a lower bound of kld, from a part of the vocabulary", (REFERENCE,))
+KLD_BOUND = Column(
+    "kld_bound", "float32", "a lower bound of kld, from a part of the vocabulary", (REFERENCE,)
+)
 KLD = Column("kld", "float32", "sum p (ln p - ln q), nats", (REFERENCE,), KLD_BOUND.name)
 ACCEPTANCE = Column("acceptance", "float32", "sum min(p, q)", (REFERENCE,))
 
