@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from evalq.engine.columns import ENTROPY, LOGPROB, TOP1
+from evalq.backends import _torch_divergence
+from evalq.engine.columns import ARGMAX, ENTROPY, LOGPROB, MAX_PROB, TOP1
 
-COLUMNS = (LOGPROB, TOP1, ENTROPY)
+OWN = (LOGPROB, TOP1, ENTROPY, ARGMAX, MAX_PROB)
+COLUMNS = (*OWN, *_torch_divergence.COLUMNS)
 
 
 def score_rows(
@@ -23,6 +25,8 @@ def score_rows(
     chunk_rows: int,
     columns: Sequence[str],
     n_rows: int | None = None,
+    reference_of: Callable[[slice], Any] | None = None,
+    keep: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
     """Columns of each row's target, tensors [R] on the targets' device.
 
@@ -32,6 +36,8 @@ def score_rows(
         chunk_rows: rows of logits to make at once.
         columns: names of COLUMNS.
         n_rows: rows that there are, R or more: what is above R is padding, and not scored.
+        reference_of: rows -> the reference's float32 logits, for columns beside it.
+        keep: is given the logits of each chunk in turn, before they are overwritten.
     """
     import torch
 
@@ -48,6 +54,12 @@ def score_rows(
         part = slice(rows.start, min(rows.stop, n_targets))
         logits = logits_of(rows)[: part.stop - part.start]
         targets = targets_R[part]
+        if keep is not None:
+            keep(logits)
+        if reference_of is not None:
+            rows_of_out = {name: column[part] for name, column in found.items()}
+            _torch_divergence.compare_rows(logits, reference_of(part), targets, columns, rows_of_out)
+            continue
         best = logits.max(dim=-1)
         logits.sub_(best.values[:, None])
         own = logits.gather(-1, targets[:, None])[:, 0]
@@ -59,6 +71,10 @@ def score_rows(
             found[LOGPROB.name][part] = own - log_sum
         if TOP1.name in found:
             found[TOP1.name][part] = best.indices == targets
+        if ARGMAX.name in found:
+            found[ARGMAX.name][part] = best.indices
+        if MAX_PROB.name in found:
+            found[MAX_PROB.name][part] = 1 / total_exp
         if shifted is not None:
             found[ENTROPY.name][part] = (
                 log_sum - shifted.mul_(logits).nan_to_num_(0.0).sum(dim=-1) / total_exp

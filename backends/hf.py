@@ -22,6 +22,14 @@ import numpy as np
 
 from evalq.backends._hf_predict import GPU_BATCH_TOKENS, HEAD_CHUNK_MIB, predict
 from evalq.backends._tokenize import tokenize_fn
+from evalq.backends._torch_reference import (
+    RowKeeper,
+    TorchReference,
+    dtype_name,
+    find_weight,
+    logits_of,
+    reference_notes,
+)
 from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, score_rows, to_arrays
 from evalq.checkpoint.adapter import FEATURES, Adapter
 from evalq.engine.backend import (
@@ -35,6 +43,8 @@ from evalq.engine.backend import (
     Scores,
     Tokenizer,
 )
+from evalq.engine.columns import REFERENCE_ROWS
+from evalq.engine.reference import ReferenceHead
 from evalq.errors import ModelError
 
 OPTIONS = {
@@ -74,12 +84,16 @@ class _Handle:
         body: ids -> hidden states; None where head and body cannot be told apart.
         head: the output projection.
         chunk_rows: rows of logits to make at once.
+        kept: how this model's distributions are kept as a reference; None where they are not asked for.
+        reference: distributions that this model is compared with, or None.
     """
 
     model: Any
     body: Any
     head: Any
     chunk_rows: int
+    kept: ReferenceHead | None = None
+    reference: TorchReference | None = None
 
 
 class HfBackend(Backend):
@@ -141,6 +155,11 @@ def _load(request: LoadRequest) -> LoadedModel:
     vocab_size = int(head.weight.shape[0]) if hasattr(head, "weight") else int(_text_config(model).vocab_size)
     chunk_bytes = options.get("head_chunk_mib", HEAD_CHUNK_MIB) * MIB // request.divide_work
     handle = _Handle(model, _body_of(model), head, max(1, chunk_bytes // (4 * vocab_size)))
+    if REFERENCE_ROWS in request.columns:
+        handle.kept = _kept(handle, request.path, vocab_size)
+    if request.reference is not None:
+        handle.reference = TorchReference(request.reference, first)
+        notes += reference_notes(handle.reference)
     return LoadedModel(
         handle=handle,
         vocab_size=vocab_size,
@@ -153,6 +172,7 @@ def _load(request: LoadRequest) -> LoadedModel:
         versions=_versions(on_cpu),
         notes=notes,
         warm_up=not on_cpu,
+        reference_head=handle.kept,
     )
 
 
@@ -170,13 +190,19 @@ def _score(handle: "_Handle", batch: Batch) -> Scores:
         else:
             rows = handle.body(inputs, use_cache=False).last_hidden_state[:, first:]
         rows_RH = rows.flatten(0, 1)
+        keeper = RowKeeper(handle.kept) if REFERENCE_ROWS in batch.columns else None
         found = score_rows(
             lambda part: _logits(handle, rows_RH[part]),
             targets.to(rows.device),
             handle.chunk_rows,
             batch.columns,
+            reference_of=logits_of(handle.reference, batch),
+            keep=None if keeper is None else keeper.keep_logits,
         )
-        return to_arrays(found, batch.shape)
+        scores = to_arrays(found, batch.shape)
+        if keeper is not None:
+            scores[REFERENCE_ROWS] = keeper.rows(rows_RH, batch.shape)
+        return scores
 
 
 def _logits(handle: "_Handle", rows_RH: Any) -> Any:
@@ -328,6 +354,31 @@ def _body_of(model: Any) -> Any:
         mine = _finish(model, model.get_output_embeddings()(hidden[0])).float()
     same = mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=1e-2, atol=1e-2)
     return body if same else None
+
+
+def _kept(handle: _Handle, path: Path, vocab_size: int) -> ReferenceHead | None:
+    """How this model's distributions are kept: by what goes into its head, else by its logits."""
+    head, config = handle.head, _text_config(handle.model)
+    dtype = dtype_name(handle.model.dtype)
+    if dtype is None:
+        return None
+    plain = handle.body is not None and hasattr(head, "weight")
+    weight = None
+    if plain and getattr(head, "bias", None) is None and head.weight.ndim == 2:
+        weight = find_weight(path, head.weight.detach())
+    if weight is None:
+        return ReferenceHead(kind="logits", dtype=dtype, width=vocab_size, vocab_size=vocab_size)
+    return ReferenceHead(
+        kind="hidden",
+        dtype=dtype,
+        width=weight.columns,
+        vocab_size=vocab_size,
+        weight=weight,
+        rounded=dtype != "float32",
+        multiplier=getattr(config, "logit_scale", None) or 1.0,
+        divisor=getattr(config, "logits_scaling", None) or 1.0,
+        soft_cap=getattr(config, "final_logit_softcapping", None),
+    )
 
 
 def _finish(model: Any, logits: Any) -> Any:

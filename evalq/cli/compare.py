@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evalq.cli.config import add_config
-from evalq.cli.numbers import count, seconds
+from evalq.cli.numbers import count, positive, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,6 +103,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="score these models on this data again, although they are stored",
     )
+    how.add_argument(
+        "--kld",
+        action="store_true",
+        help="KL divergence from the reference, over the whole vocabulary (docs/divergence.md)",
+    )
+    how.add_argument(
+        "--reference-max-gb",
+        type=positive,
+        default=50.0,
+        metavar="GB",
+        help="with --kld: the most that the store keeps of the reference (default 50)",
+    )
     how.add_argument("--timeout", type=seconds, metavar="S", help="give a model up after S seconds")
     how.add_argument(
         "--try-anyway", action="store_true", help="start engines that are predicted to run out of memory too"
@@ -142,6 +154,8 @@ def run(arguments: argparse.Namespace) -> int:
         clear_cache=arguments.clear_cache,
         try_anyway=arguments.try_anyway,
         reference=arguments.reference,
+        kld=arguments.kld,
+        reference_most_bytes=int(arguments.reference_max_gb * 10**9),
     )
     with ConsoleReporter(errors, len(specs), arguments.quiet) as reporter:
         records = compare(data, specs, store, settings, reporter)

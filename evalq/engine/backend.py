@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from evalq.checkpoint.adapter import Adapter
 from evalq.engine.columns import DEFAULT_COLUMNS, LOGPROB, TOP1, Column
+from evalq.engine.reference import ReferenceHead
 from evalq.errors import ModelError
 
 Ids = NDArray[np.int64]
@@ -72,6 +73,7 @@ class LoadRequest:
         adapter: to apply on top; its features are among the backend's lora_features.
         divide_work: by how much to divide what is computed at once: 2 after running out of memory.
         columns: names of the columns that will be asked for.
+        reference: the head of the model that this one is compared with, for columns beside it.
     """
 
     path: Path
@@ -87,6 +89,7 @@ class LoadRequest:
     adapter: Adapter | None = None
     divide_work: int = 1
     columns: tuple[str, ...] = DEFAULT_COLUMNS
+    reference: ReferenceHead | None = None
 
     def require_directory(self, takes_overlay: bool = False) -> None:
         """Raise ModelError (bad_option) for a file, or for an overlay where none is taken."""
@@ -150,6 +153,7 @@ class LoadedModel:
             chosen): it is then scored once beforehand, and that is not counted in tokens per second.
         setup_seconds: time that score() spent on work it does once (recording a graph), which is not counted
             in tokens per second; score() adds to it.
+        reference_head: how its distributions are kept, where `REFERENCE_ROWS` are asked for and it has them.
     """
 
     handle: Any
@@ -166,6 +170,7 @@ class LoadedModel:
     columns: tuple[str, ...] | None = None
     warm_up: bool = False
     setup_seconds: float = 0.0
+    reference_head: ReferenceHead | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,8 @@ class Batch:
         ids_BT: int64 [B, T].
         first_target: index of the first scored token, at least 1.
         columns: names of the columns wanted.
-        inputs: what these columns need beside the ids (`Column.needs`), by name, [B, R, ...].
+        inputs: what these columns need beside the ids (`Column.needs`), by name, [B, R, ...]; "reference":
+            rows of the reference as `evalq.engine.reference` keeps them.
     """
 
     ids_BT: Ids

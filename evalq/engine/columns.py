@@ -40,7 +40,16 @@ KLD_BOUND = Column(
     "kld_bound", "float32", "a lower bound of kld, from a part of the vocabulary", (REFERENCE,)
 )
 KLD = Column("kld", "float32", "sum p (ln p - ln q), nats", (REFERENCE,), KLD_BOUND.name)
+# Tells whether the reference's distributions are made again as they were.
+REFERENCE_LOGPROB = Column(
+    "reference_logprob", "float32", "ln P(token) by the reference, made again, nats", (REFERENCE,)
+)
 ACCEPTANCE = Column("acceptance", "float32", "sum min(p, q)", (REFERENCE,))
+# What goes into the reference's head: no number a token, so it is kept apart (`evalq.results.kept`).
+REFERENCE_ROWS = "reference_rows"
 
 # What every comparison asks for; metrics that need more ask for more.
 DEFAULT_COLUMNS = (LOGPROB.name, TOP1.name)
+# What a comparison with KL divergence asks of every model, and of those beside the reference.
+DISTRIBUTION_COLUMNS = (ENTROPY.name, ARGMAX.name, MAX_PROB.name)
+DIVERGENCE_COLUMNS = (KLD.name, ACCEPTANCE.name, REFERENCE_LOGPROB.name)

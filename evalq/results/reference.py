@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from evalq.errors import ModelError, SpecError
 from evalq.results.paired import Pair, compare
 from evalq.results.record import AgainstReference, ResultRecord
+from evalq.results.store import family_of
 from evalq.results.tokens import TokenColumns
 from evalq.spec.files import nearest
 
@@ -107,6 +108,7 @@ def with_reference(
     """
     base = next((r for r in records if reference and r.label == reference.label and r.status == "ok"), None)
     columns = None if base is None else scores_of(base)
+    family = None if base is None else family_of(base.identity)
     if reference is None or base is None or columns is None:
         return [record.model_copy(update={"is_reference": False}) for record in records]
     found = []
@@ -114,7 +116,9 @@ def with_reference(
         if record is base:
             found.append(record.model_copy(update={"is_reference": True, "against_reference": None}))
         elif record.status == "ok":
-            found.append(_compared(record, base, reference, columns, scores_of(record)))
+            mine = scores_of(record)
+            beside = None if mine is None else mine.beside(family)
+            found.append(_compared(record, base, reference, columns, beside))
         else:
             found.append(record)
     return found

@@ -5,6 +5,7 @@
     STORE/digests.json              SHA-256 of model files, by their stat
     STORE/models/KEY.json           what was found out about a model spec's files, for when they are gone
     STORE/families/FAMILY/KEY       results that differ in their windows only
+    STORE/references/FAMILY/        what KL divergence against a reference needs of it (`evalq.results.kept`)
     STORE/locks/KEY.lock            one writer at a time for each result
     STORE/results/KEY/              one (data, model) pair; KEY is the SHA-256 of its identity
         identity.json               what was scored, with what
@@ -39,6 +40,7 @@ from numpy.typing import NDArray
 from evalq.data.windows import WindowPlan
 from evalq.errors import StoreError
 from evalq.files import read_json, write_atomic, write_json, write_remedy
+from evalq.results.kept import KeptReference
 from evalq.results.tokens import (
     Array,
     Part,
@@ -52,6 +54,8 @@ from evalq.results.tokens import (
 )
 
 STORE_VERSION = 1
+# What may differ between results that share windows.
+_OF_THE_PLAN = ("windows", "tokens_scored", "plan_sha256")
 SCORES, RUN, PARTS = "scores.safetensors", "run.json", "parts"
 
 
@@ -66,6 +70,11 @@ def key_of(identity: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of an identity's canonical JSON."""
     text = json.dumps({"store": STORE_VERSION, **identity}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def family_of(identity: Mapping[str, Any]) -> str:
+    """Key of all results that differ from this one in their choice of windows only."""
+    return key_of({name: value for name, value in identity.items() if name not in _OF_THE_PLAN})
 
 
 @dataclass(frozen=True)
@@ -301,6 +310,10 @@ class Store:
             return [self.result(file.name) for file in sorted((self.root / "families" / family).iterdir())]
         except OSError:
             return []
+
+    def reference(self, family: str) -> KeptReference:
+        """The rows of a reference, there or not."""
+        return KeptReference(self.root / "references" / family)
 
     def join_family(self, family: str, key: str) -> None:
         """Note that a result belongs to a family. Raises StoreError."""

@@ -6,7 +6,7 @@ the digest of their plan. A file of another plan, or one that contradicts itself
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from evalq.data.windows import WindowPlan
+from evalq.results.kept import plain_columns
 
 Array = NDArray[Any]
 # Tensors that say where columns belong; no column has such a name.
@@ -72,6 +73,10 @@ class TokenColumns:
     timing: Timing = field(default_factory=Timing)
     windows: NDArray[np.int64] | None = None
     plan: str | None = None
+
+    def beside(self, family: str | None) -> "TokenColumns":
+        """The same with plain names for what was scored beside this family's reference, and no other."""
+        return replace(self, columns=plain_columns(self.columns, family))
 
     def belongs_to(self, plan: WindowPlan) -> bool:
         """Whether these are the tokens of a plan; 0.1 kept no digest, so there the windows' sizes decide."""

@@ -1,14 +1,16 @@
 """Can this model be fed this text? Asked before anything is scored."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from evalq.data.tokens import TokenStream
 from evalq.data.windows import WindowPlan
 from evalq.engine.backend import Backend, Batch, LoadedModel, Scores
-from evalq.engine.columns import Column
+from evalq.engine.columns import REFERENCE_LOGPROB, REFERENCE_ROWS, Column
 from evalq.errors import ModelError
+from evalq.results.kept import KeptInputs
 
 
 def check_positions(max_positions: int | None, plan: WindowPlan) -> None:
@@ -82,6 +84,9 @@ def check_scores(scores: Scores, batch: Batch, declared: Mapping[str, Column]) -
     for name in batch.columns:
         if name not in scores:
             raise ModelError(f"the backend returned no {name}", "engine_error")
+        if name == REFERENCE_ROWS:  # a row a token, not a number
+            kept[name] = _rows(scores[name], batch)
+            continue
         shape = np.shape(scores[name])
         if shape != batch.shape:
             raise ModelError(
@@ -89,3 +94,36 @@ def check_scores(scores: Scores, batch: Batch, declared: Mapping[str, Column]) -
             )
         kept[name] = np.asarray(scores[name], declared[name].dtype)
     return kept
+
+
+def _rows(rows: Any, batch: Batch) -> Any:
+    """Rows of a reference. Raises ModelError."""
+    if np.ndim(rows) != 3 or np.shape(rows)[:2] != batch.shape:
+        wanted = (*batch.shape, "d")
+        message = f"the backend returned {REFERENCE_ROWS} of shape {np.shape(rows)}, not {wanted}"
+        raise ModelError(message, "engine_error")
+    return rows
+
+
+# Rounding of a head that multiplies in 16 bits moves a token's log-probability by some hundredths of a nat,
+# in both directions; another head, scale or soft cap by far more.
+_REFERENCE_MOVES_MAX_NATS = 0.1
+
+
+def check_reference(scores: Scores, batch: Batch) -> None:
+    """Raise ModelError unless the reference's distributions were made again as its own engine had them.
+
+    Its log-probabilities of the text, made again from its kept rows, are compared with those it was scored
+    with.
+    """
+    if REFERENCE_LOGPROB.name not in scores or not isinstance(batch.inputs, KeptInputs):
+        return
+    was = batch.inputs.logprob().astype(np.float64)
+    moved = np.abs(scores[REFERENCE_LOGPROB.name] - was)[np.isfinite(was)]
+    if moved.size and not float(moved.mean()) <= _REFERENCE_MOVES_MAX_NATS:
+        raise ModelError(
+            f"the reference's log-probabilities, made again from what was kept, differ by {moved.mean():.3f} "
+            "nats a token from its own",
+            "engine_error",
+            "score the reference again with --clear_cache; if that does not help, take another reference",
+        )

@@ -16,7 +16,8 @@ from evalq.errors import ModelError, StoreError
 from evalq.files import write_json
 from evalq.results.record import ResultRecord
 from evalq.results.reference import Candidate, Reference, choose, with_reference
-from evalq.results.store import ResultDir, Store, key_of
+from evalq.results.store import ResultDir, Store, family_of, key_of
+from evalq.run.beside import Asked, asked_of_others, asked_of_reference, kept_reference
 from evalq.run.checks import check_positions
 from evalq.run.job import LoraJob, ScoreJob
 from evalq.run.outcome import failed_record, remembered_record, scored_record
@@ -24,7 +25,7 @@ from evalq.run.predict import predict, require_fit
 from evalq.run.prepare_data import PreparedData, choose_tokenizer, tokenized
 from evalq.run.prepare_model import PreparedModel, Unprepared, prepare
 from evalq.run.process import Event, RunSettings, WorkerSettings, run_worker
-from evalq.run.reuse import family_of, reuse
+from evalq.run.reuse import reuse
 from evalq.spec import DataSpec, ModelSpec, require_unique_labels
 
 # Another process may remove a result (-cc) between its last window and its record.
@@ -71,11 +72,15 @@ def compare(
     data = tokenized(data_spec, text, chosen, store, settings, reporter.status)
     first = None if reference is None else reference.label
     records: dict[str, ResultRecord] = {}
+    of_first, asked = asked_of_reference(settings), asked_of_others(settings, None)
     for model in sorted(models, key=lambda model: model.spec.plain_label != first):
-        reporter.model(model.spec.plain_label, len(data.plan.windows))
-        record, cached = _score(model, data, store, settings, reporter)
+        label = model.spec.plain_label
+        reporter.model(label, len(data.plan.windows))
+        record, cached = _score(model, data, store, settings, of_first if label == first else asked, reporter)
         reporter.record(record, cached)
         records[record.label] = record
+        if label == first and settings.kld:
+            asked = asked_of_others(settings, kept_reference(record, data, store, reporter.status))
     in_order = [records[model.spec.plain_label] for model in models]
     return _compared(in_order, models, reference, store, reporter)
 
@@ -121,21 +126,26 @@ def _score(
     data: PreparedData,
     store: Store,
     settings: RunSettings,
+    asked: Asked,
     reporter: Reporter,
 ) -> tuple[ResultRecord, bool]:
     if isinstance(model, Unprepared):
         return _recalled(model, data, store)
     identity = {**data.comparison, **model.identity}
     result = store.result(key_of(identity))
+    keep = store.reference(family_of(identity)) if asked.keep else None
     if settings.clear_cache:
         result.clear()
+        if keep is not None:
+            keep.drop(data.plan.windows)
     else:
         legacy = {k: v for k, v in data.comparison.items() if k != "plan_sha256"} | model.legacy_identity
         reuse(store, result, data.plan, identity, legacy)
     kept = {"label": model.spec.plain_label, **identity}
     try:
         for attempt in range(_TRIES):
-            if result.answers(data.plan, settings.columns):
+            whole = keep is None or attempt > 0 or bool(keep.there(data.plan).all())
+            if whole and result.answers(data.plan, asked.stored):
                 result.tidy()
                 record = scored_record(model, data, identity, result)
                 if record is not None:
@@ -148,7 +158,13 @@ def _score(
             worker = WorkerSettings(
                 model.python, settings.timeout_seconds, settings.offline, result.path / "worker.log"
             )
-            _run_scoring(_job(model, data, settings, result, kept), worker, reporter)
+            job = _job(model, data, asked, result, kept).model_copy(
+                update={
+                    "keep_reference": None if keep is None else str(keep.path.resolve()),
+                    "keep_most_bytes": settings.reference_most_bytes,
+                }
+            )
+            _run_scoring(job, worker, reporter)
         raise StoreError(f"{result.path} is removed again and again", "use another --store for this run")
     except ModelError as error:
         failure = {"category": error.category, "message": error.message, "remedy": remedy_of(error)}
@@ -189,7 +205,7 @@ def _run_scoring(job: ScoreJob, worker: WorkerSettings, reporter: Reporter) -> N
 def _job(
     model: PreparedModel,
     data: PreparedData,
-    settings: RunSettings,
+    asked: Asked,
     result: ResultDir,
     identity: dict[str, Any],
 ) -> ScoreJob:
@@ -207,7 +223,8 @@ def _job(
         max_tokens=data.spec.max_tokens,
         settings=data.settings,
         plan_digest=data.plan.digest,
-        columns=settings.columns,
+        columns=asked.columns,
+        reference=None if asked.kept is None else str(asked.kept.path.resolve()),
         result_dir=str(result.path.resolve()),
         identity=identity,
         lora=None if lora is None else LoraJob(path=str(lora.path), name=lora.name),

@@ -74,6 +74,9 @@ class ScoreJob(_Job):
         result_dir: where scores go.
         identity: of the result, kept beside them.
         lora: adapter, or None.
+        keep_reference: folder for what KL divergence against this model needs of it, None where nothing does.
+        keep_most_bytes: the most that may take, None for any.
+        reference: folder of the model that this one is compared with, None without.
         divide_work: by how much to divide what is computed at once.
     """
 
@@ -95,6 +98,9 @@ class ScoreJob(_Job):
     identity: dict[str, Any]
     lora: LoraJob | None = None
     divide_work: int = 1
+    keep_reference: str | None = None
+    keep_most_bytes: int | None = None
+    reference: str | None = None
 
 
 Job = TokenizeJob | ScoreJob

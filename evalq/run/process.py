@@ -39,6 +39,8 @@ class RunSettings:
         try_anyway: start engines that are predicted to run out of memory too.
         reference: label of the model that the others are compared with; None for the rule.
         columns: names of the per-token columns wanted; the first one is required.
+        kld: compare whole distributions with the reference's.
+        reference_most_bytes: the most that the reference's rows may take in the store.
     """
 
     offline: bool = False
@@ -47,6 +49,8 @@ class RunSettings:
     try_anyway: bool = False
     reference: str | None = None
     columns: tuple[str, ...] = DEFAULT_COLUMNS
+    kld: bool = False
+    reference_most_bytes: int = 50 * 10**9
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,8 @@ import numpy as np
 from evalq.data.windows import WindowPlan
 from evalq.errors import StoreError
 from evalq.files import read_json, write_atomic, write_json
-from evalq.results.store import RUN, SCORES, ResultDir, Store, key_of
+from evalq.results.store import RUN, SCORES, ResultDir, Store, family_of, key_of
 from evalq.results.tokens import Part, TokenColumns, encode
-
-# What may differ between results that share windows.
-_OF_THE_PLAN = ("windows", "tokens_scored", "plan_sha256")
-
-
-def family_of(identity: Mapping[str, Any]) -> str:
-    """Key of all results that differ from this one in their choice of windows only."""
-    return key_of({name: value for name, value in identity.items() if name not in _OF_THE_PLAN})
 
 
 def reuse(

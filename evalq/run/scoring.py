@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,17 @@ import numpy as np
 
 from evalq.checkpoint.adapter import read_adapter
 from evalq.data.tokens import TokenStream, cut, read_stream
-from evalq.data.windows import WindowPlan, plan_windows
+from evalq.data.windows import Window, WindowPlan, plan_windows
 from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Scores
+from evalq.engine.columns import LOGPROB, REFERENCE_ROWS
 from evalq.engine.registry import backend
 from evalq.errors import ModelError, StoreError
 from evalq.files import write_json
 from evalq.machine import environment
+from evalq.results.kept import KeptInputs, KeptReference, stored_name
 from evalq.results.store import Held, ResultDir
 from evalq.results.tokens import Part, Timing
-from evalq.run.checks import check_model, check_scores, given_columns
+from evalq.run.checks import check_model, check_reference, check_scores, given_columns
 from evalq.run.job import ScoreJob, other_evalq
 from evalq.run.peak import peak_bytes, reset_peak, resident_bytes
 
@@ -45,7 +47,8 @@ def score(job: ScoreJob, emit: Emit) -> None:
         plan = plan_windows(job.settings, stream.facts)
         if plan.digest != job.plan_digest:
             raise other_evalq(sys.executable, "cuts other windows out of the same text")
-        if result.answers(plan, job.columns):
+        beside = _Beside.of(job)
+        if result.answers(plan, beside.stored(job.columns)) and beside.keeps_all(plan):
             return
         write_json(result.path / "identity.json", job.identity)
         _require_same_engine(job)
@@ -57,14 +60,15 @@ def score(job: ScoreJob, emit: Emit) -> None:
         check_model(model, stream, plan)
         emit("loaded", seconds=load_seconds, device=model.device)
         columns = given_columns(scorer, model, job.columns)
+        beside = beside.ready(model, plan)
         memory_after_load = resident_bytes()
         reset_peak()
-        work = _Work(result, scorer, model, plan, stream, columns, _options_text(job))
+        work = _Work(result, scorer, model, plan, stream, columns, beside, _options_text(job))
         held = work.carry_out(emit)
         _require_same_engine(job)
         run = _described(job, model, memory_after_load) | {"load_seconds": load_seconds}
         given = set(held.complete)
-        run["columns_not_given"] = [name for name in job.columns if name not in given]
+        run["columns_not_given"] = [name for name in beside.stored(job.columns) if name not in given]
         result.finish(held, run)
         loader.close(model)
 
@@ -90,7 +94,8 @@ def _load(job: ScoreJob, loader: Backend, stream: TokenStream, plan: WindowPlan)
         token_ids_max=int(stream.ids_N.max()),
         adapter=read_adapter(Path(job.lora.path), job.lora.name) if job.lora else None,
         divide_work=job.divide_work,
-        columns=job.columns,
+        columns=(*job.columns, REFERENCE_ROWS) if job.keep_reference else job.columns,
+        reference=None if job.reference is None else KeptReference(Path(job.reference)).head(),
     )
     model = loader.load(request)
     if request.divide_work > 1:
@@ -123,6 +128,75 @@ def _options_text(job: ScoreJob) -> str:
 
 
 @dataclass(frozen=True)
+class _Beside:
+    """The reference's part in a job: this model's rows are kept, or it is compared with kept ones.
+
+    Args:
+        keep: where this model's rows go, None where nobody asks for them.
+        keep_most_bytes: the most they may take.
+        kept: rows of the model that this one is compared with, None without.
+    """
+
+    keep: KeptReference | None
+    keep_most_bytes: int | None
+    kept: KeptReference | None
+
+    @classmethod
+    def of(cls, job: ScoreJob) -> "_Beside":
+        keep = None if job.keep_reference is None else KeptReference(Path(job.keep_reference))
+        kept = None if job.reference is None else KeptReference(Path(job.reference))
+        return cls(keep, job.keep_most_bytes, kept)
+
+    def stored(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """Names in the store."""
+        return tuple(stored_name(name, self.kept and self.kept.family) for name in columns)
+
+    def keeps_all(self, plan: WindowPlan) -> bool:
+        """Whether every row asked for is kept."""
+        return self.keep is None or bool(self.keep.there(plan).all())
+
+    def ready(self, model: LoadedModel, plan: WindowPlan) -> "_Beside":
+        """Make room for the model's rows. Where they cannot be kept its notes say why. Raises StoreError."""
+        if self.keep is None:
+            return self
+        try:
+            if model.reference_head is None:
+                raise ModelError("the engine does not show what its distributions are made of")
+            self.keep.begin(model.reference_head, plan, self.keep_most_bytes)
+        except ModelError as error:
+            model.notes.append(f"no KL divergence against it: {error.message}")
+            return replace(self, keep=None)
+        return self
+
+    def missing(self, held: Held, columns: Sequence[str]) -> dict[int, tuple[str, ...]]:
+        """Window -> plain names of what it lacks, its rows included."""
+        plain = dict(zip(self.stored(columns), columns, strict=True))
+        lacking = {
+            index: tuple(plain[name] for name in names) for index, names in held.missing(plain).items()
+        }
+        if self.keep is not None:
+            for index in np.flatnonzero(~self.keep.there(held.plan)).tolist():
+                names = (LOGPROB.name, *lacking.get(index, ()), REFERENCE_ROWS)
+                lacking[index] = tuple(dict.fromkeys(names))
+        return dict(sorted(lacking.items()))
+
+    def inputs(self, windows: Sequence[Window], columns: Sequence[str]) -> KeptInputs | None:
+        """What a batch needs, None for columns that need nothing."""
+        if self.kept is None or self.stored(columns) == tuple(columns):
+            return None
+        return KeptInputs(self.kept, tuple(windows))
+
+    def keep_rows(self, scores: Scores, windows: Sequence[Window]) -> Scores:
+        """Keep the rows among a batch's scores; the rest of them. Raises ModelError, StoreError."""
+        if self.keep is None or REFERENCE_ROWS not in scores:
+            return scores
+        rest = dict(scores)
+        for window, rows, logprob in zip(windows, rest.pop(REFERENCE_ROWS), rest[LOGPROB.name], strict=True):
+            self.keep.write(window, rows, logprob)
+        return rest
+
+
+@dataclass(frozen=True)
 class _Work:
     """Everything that scoring needs.
 
@@ -133,6 +207,7 @@ class _Work:
         plan: the windows.
         stream: the tokens.
         columns: names of the columns that are to be complete.
+        beside: the reference's part.
         options: of the engine, for the timing.
     """
 
@@ -142,6 +217,7 @@ class _Work:
     plan: WindowPlan
     stream: TokenStream
     columns: tuple[str, ...]
+    beside: _Beside
     options: str
 
     def carry_out(self, emit: Emit) -> Held:
@@ -153,12 +229,12 @@ class _Work:
         """
         for _ in range(ROUNDS):
             held = self.result.held(self.plan)
-            missing = held.missing(self.columns)
+            missing = self.beside.missing(held, self.columns)
             if not missing:
                 return held
             self._round(missing, emit)
         held = self.result.held(self.plan)
-        lost = held.missing(self.columns)
+        lost = self.beside.missing(held, self.columns)
         if lost:
             message = f"{len(lost)} windows that were written to {self.result.path} cannot be read back"
             raise StoreError(message, "check the disk, or name another folder with --store")
@@ -176,8 +252,11 @@ class _Work:
         declared = {column.name: column for column in self.backend.columns}
         for windows, batch, scores, took in self._timed(batches):
             kept = check_scores(scores, batch, declared)
+            check_reference(kept, batch)
+            kept = self.beside.keep_rows(kept, [self.plan.windows[index] for index in windows])
             tokens = int(np.prod(batch.shape))
-            part = Part(windows, kept, Timing(took, tokens, self.options))
+            stored = dict(zip(self.beside.stored(tuple(kept)), kept.values(), strict=True))
+            part = Part(windows, stored, Timing(took, tokens, self.options))
             self.result.write_part(part, self.plan)
             there, scored, seconds = there + len(windows), scored + tokens, seconds + took
             emit("progress", windows=there, of=of, tokens=scored, scored=scored, seconds=seconds)
@@ -195,7 +274,8 @@ class _Work:
                 windows = [self.plan.windows[index] for index in indices]
                 ids_BT = np.stack([window.ids(self.stream.ids_N, prefix) for window in windows])
                 first = windows[0].first_target(len(prefix))
-                found.append((tuple(indices), Batch(ids_BT, first, columns)))
+                inputs = self.beside.inputs(windows, columns) or {}
+                found.append((tuple(indices), Batch(ids_BT, first, columns, inputs)))
         return found
 
     def _timed(

@@ -1,0 +1,180 @@
+"""The rows of a reference in the store: what its distributions are made of again, window by window.
+
+    STORE/references/FAMILY/head.json                        how a row becomes logits
+    STORE/references/FAMILY/START-END-FROM-HEAD.safetensors  the rows of one window, and its log-probabilities
+
+A window's rows depend on its own tokens only, so comparisons with more or fewer windows share them. A file
+that is cut short, or was made for another head, counts as not there.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from evalq.data.windows import Window, WindowPlan
+from evalq.engine.columns import DIVERGENCE_COLUMNS, KLD_BOUND, REFERENCE
+from evalq.engine.reference import Packed, ReferenceHead
+from evalq.errors import ModelError, StoreError
+from evalq.files import read_json, write_atomic, write_json
+
+_BESIDE = (*DIVERGENCE_COLUMNS, KLD_BOUND.name)
+_UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError)
+# Left free on the disk, for the results beside the reference.
+_SPARE_BYTES = 2**28
+
+
+def stored_name(column: str, family: str | None) -> str:
+    """The name of a column in the store: one beside a reference names the reference's family."""
+    return f"{column}@{family[:16]}" if family is not None and column in _BESIDE else column
+
+
+def plain_columns(columns: Mapping[str, Any], family: str | None) -> dict[str, Any]:
+    """Stored columns by their plain names; those beside other references are left out."""
+    ending = "" if family is None else f"@{family[:16]}"
+    found = {name: column for name, column in columns.items() if "@" not in name}
+    if ending:
+        found |= {n.removesuffix(ending): column for n, column in columns.items() if n.endswith(ending)}
+    return found
+
+
+@dataclass(frozen=True)
+class KeptWindow:
+    """What is kept of one window.
+
+    Args:
+        rows: [R, width of a row].
+        logprob: of its targets by the reference, float32 [R].
+    """
+
+    rows: Packed
+    logprob: NDArray[np.float32]
+
+
+class KeptReference:
+    """The folder of one reference on one token stream and protocol."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` need not exist yet; its name is the family's."""
+        self.path = path
+
+    @property
+    def family(self) -> str:
+        """Of the reference's results."""
+        return self.path.name
+
+    def head(self) -> ReferenceHead | None:
+        """How a row becomes logits; None where nothing is kept."""
+        try:
+            return ReferenceHead.model_validate(read_json(self.path / "head.json"))
+        except ValueError:
+            return None
+
+    def there(self, plan: WindowPlan) -> NDArray[np.bool_]:
+        """Which windows of a plan can be read, bool [W]."""
+        head = self.head()
+        if head is None:
+            return np.zeros(len(plan.windows), bool)
+        return np.array([self._shape(window, head) is not None for window in plan.windows], bool)
+
+    def begin(self, head: ReferenceHead, plan: WindowPlan, most_bytes: int | None) -> None:
+        """Make ready for a plan's rows: forget those of another head, look for room on the disk.
+
+        Raises:
+            ModelError: bad_option, where they would take more than `most_bytes`.
+            StoreError: the disk has no room, or cannot be written.
+        """
+        known = self.head()
+        if known is None or known.digest != head.digest:
+            shutil.rmtree(self.path, ignore_errors=True)
+        there = self.there(plan)
+        every = sum(window.n_targets for window in plan.windows) * head.row_bytes
+        if most_bytes is not None and every > most_bytes:
+            raise ModelError(
+                f"what it needs takes {every / 1e9:.1f} GB, allowed are {most_bytes / 1e9:.1f} GB",
+                "bad_option",
+                "raise --reference-max-gb, or score fewer windows",
+            )
+        left = sum(w.n_targets for w, have in zip(plan.windows, there, strict=True) if not have)
+        write_json(self.path / "head.json", head.model_dump())
+        free = shutil.disk_usage(self.path).free
+        if left * head.row_bytes + _SPARE_BYTES > free:
+            raise StoreError(
+                f"the reference takes {left * head.row_bytes / 1e9:.1f} GB in {self.path}, where "
+                f"{free / 1e9:.1f} GB are free",
+                "free some space, name a folder on another disk with --store, or score fewer windows",
+            )
+
+    def write(self, window: Window, rows: Packed, logprob: NDArray[np.float32]) -> None:
+        """Keep the rows of a window. Raises StoreError."""
+        head = self.head()
+        assert head is not None, "begin() comes first"
+        tensors = {"rows": np.ascontiguousarray(rows), "logprob": np.asarray(logprob, np.float32)}
+        write_atomic(self._file(window), save(tensors, {"head": head.digest}))
+
+    def read(self, window: Window) -> KeptWindow:
+        """The rows of a window. Raises ModelError (model_missing) where they cannot be read."""
+        head = self.head()
+        if head is not None and self._shape(window, head) is not None:
+            with contextlib.suppress(*_UNREADABLE), safe_open(self._file(window), "numpy") as file:
+                return KeptWindow(file.get_tensor("rows"), file.get_tensor("logprob"))
+        raise ModelError(
+            f"the reference's rows of tokens {window.start} to {window.end} cannot be read from {self.path}",
+            "model_missing",
+            "run again: the reference is scored again where its rows are missing",
+        )
+
+    def drop(self, windows: Iterable[Window]) -> None:
+        """Forget windows."""
+        for window in windows:
+            self._file(window).unlink(missing_ok=True)
+
+    def _file(self, window: Window) -> Path:
+        name = f"{window.start}-{window.end}-{window.score_from}-{window.head}.safetensors"
+        return self.path / name
+
+    def _shape(self, window: Window, head: ReferenceHead) -> tuple[int, ...] | None:
+        """Of the rows of a window, by its header; None where they are not those of this head."""
+        try:
+            with safe_open(self._file(window), "numpy") as file:
+                if (file.metadata() or {}).get("head") != head.digest:
+                    return None
+                shape = tuple(file.get_slice("rows").get_shape())
+                same = tuple(file.get_slice("logprob").get_shape()) == shape[:1]
+        except _UNREADABLE:
+            return None
+        return shape if same and shape == (window.n_targets, head.row_shape[0]) else None
+
+
+class KeptInputs(Mapping[str, NDArray[Any]]):
+    """What a batch needs of the reference, read when it is asked for: all batches at once may not fit."""
+
+    def __init__(self, kept: KeptReference, windows: tuple[Window, ...]) -> None:
+        """Of these windows, in this order, all with the same number of targets."""
+        self._kept = kept
+        self._windows = windows
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """Rows of the reference, [B, R, width]. Raises KeyError, ModelError (model_missing)."""
+        if name != REFERENCE:
+            raise KeyError(name)
+        return np.stack([self._kept.read(window).rows for window in self._windows])
+
+    def logprob(self) -> NDArray[np.float32]:
+        """Log-probabilities of the reference when it was scored, [B, R]. Raises ModelError."""
+        return np.stack([self._kept.read(window).logprob for window in self._windows])
+
+    def __iter__(self) -> Iterator[str]:
+        """The one input there is."""
+        return iter((REFERENCE,))
+
+    def __len__(self) -> int:
+        """One."""
+        return 1

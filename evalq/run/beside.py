@@ -1,0 +1,67 @@
+"""What a comparison asks of each model, the reference and the others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from evalq.engine.columns import DISTRIBUTION_COLUMNS, DIVERGENCE_COLUMNS
+from evalq.results.kept import KeptReference, stored_name
+from evalq.results.record import ResultRecord
+from evalq.results.store import Store, family_of
+from evalq.run.prepare_data import PreparedData
+from evalq.run.process import RunSettings
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of one model.
+
+    Args:
+        columns: plain names; the first one is required.
+        keep: its rows, for others to be compared with.
+        kept: rows of the model that it is compared with, None without.
+    """
+
+    columns: tuple[str, ...]
+    keep: bool = False
+    kept: KeptReference | None = None
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Names of the columns in the store."""
+        return tuple(stored_name(name, self.kept and self.kept.family) for name in self.columns)
+
+
+def asked_of_reference(settings: RunSettings) -> Asked:
+    """What the model that the others are compared with has to say."""
+    if not settings.kld:
+        return Asked(settings.columns)
+    return Asked((*settings.columns, *DISTRIBUTION_COLUMNS), keep=True)
+
+
+def asked_of_others(settings: RunSettings, kept: KeptReference | None) -> Asked:
+    """What the others have to say; without a kept reference nothing beside it."""
+    if not settings.kld:
+        return Asked(settings.columns)
+    columns = (*settings.columns, *DISTRIBUTION_COLUMNS)
+    return Asked(columns if kept is None else (*columns, *DIVERGENCE_COLUMNS), kept=kept)
+
+
+def kept_reference(
+    record: ResultRecord, data: PreparedData, store: Store, say: Callable[[str], None]
+) -> KeptReference | None:
+    """What a scored reference has left for the others; None, and why, where that is not whole."""
+    if record.status != "ok":
+        say(f'no KL divergence: the reference "{record.label}" was not scored')
+        return None
+    kept = store.reference(family_of(record.identity))
+    head = kept.head()
+    if head is None or not kept.there(data.plan).all():
+        why = next((note for note in record.notes if note.startswith("no KL divergence")), "")
+        say(f'{why or "no KL divergence against it"} (the reference, "{record.label}")')
+        return None
+    weight = head.weight
+    if weight is not None and not Path(weight.file).is_file():
+        say(f'no KL divergence: the head of the reference "{record.label}" is gone: {weight.file}')
+        return None
+    return kept
