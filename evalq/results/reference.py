@@ -9,6 +9,9 @@ source, so by rule it comes last.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from evalq.data.windows import cluster_of
 from evalq.errors import ModelError, SpecError
 from evalq.results.paired import Pair, compare
@@ -154,6 +157,10 @@ def paired(mine: TokenColumns, theirs: TokenColumns, overlapping: bool) -> Pair:
         theirs: columns of the reference.
         overlapping: what is known of windows that evalq 0.1 stored without saying where they lie.
     """
-    if mine.windows is None:
-        return Pair(mine.columns, theirs.columns, mine.window_of, overlapping)
-    return Pair(mine.columns, theirs.columns, cluster_of(mine.windows))
+    overlap_ignored = overlapping and mine.windows is None
+    return Pair(mine.columns, theirs.columns, clusters_of(mine), overlap_ignored)
+
+
+def clusters_of(found: TokenColumns) -> NDArray[np.int64]:
+    """Which tokens depend on each other, int64 [n]; the windows where it is not known where those lie."""
+    return found.window_of if found.windows is None else cluster_of(found.windows)

@@ -17,6 +17,7 @@ from evalq.show.columns import MAJOR, MINOR, Column, markdown_table, print_colum
 from evalq.show.console import say
 from evalq.show.numbers import NOTHING, change_percent, estimate, number
 from evalq.show.plain import csv_cell, json_text, markdown_cell
+from evalq.show.significance import rules, verdict_lines
 
 # compare_q's own keys first, so that its readers find them where they were.
 _CSV_FIELDS = (
@@ -72,6 +73,8 @@ def print_table(records: Sequence[ResultRecord], console: Console, kld: bool = F
     console.print()
     for line in explanations(table, kept):
         say(console, (line, "dim"))
+    for label, text, style in verdict_lines(records):
+        say(console, f"{label}: ", (text, style))
     for record in records:
         if record.error:
             say(console, (record.label, "red"), f": {record.error.message} → {record.error.remedy}")
@@ -126,13 +129,15 @@ def _metric_columns(records: Sequence[ResultRecord], kld: bool) -> list[Column[R
         *((row, partial(_pair_estimate, name=row.name)) for row in PAIR_METRICS if kld or not row.with_kld),
     ]
     return [
-        # What was asked for stays longer than what is always there.
-        Column(
-            row.header, partial(_metric_text, row, get), MAJOR if kld else MINOR, right=True, help=row.help
-        )
+        Column(row.header, partial(_metric_text, row, get), _priority(row), right=True, help=row.help)
         for row, get in rows
         if row.header and any(get(record) is not None for record in records)
     ]
+
+
+def _priority(row: Metric | PairMetric) -> int:
+    """What was asked for stays longer than what is always there."""
+    return MAJOR if isinstance(row, PairMetric) and row.with_kld else MINOR
 
 
 def _own_estimate(record: ResultRecord, name: str) -> Estimate | None:
@@ -177,7 +182,7 @@ def explanations(table: Shown, columns: Sequence[Column[ResultRecord]]) -> list[
             f"no perplexity per {_unit(scored)}: it needs the text as a whole, and max_tokens cuts it; "
             "bits per byte are in --json and --csv"
         )
-    return lines
+    return lines + rules(table.records)
 
 
 def markdown(records: Sequence[ResultRecord], kld: bool = False) -> str:
@@ -187,7 +192,12 @@ def markdown(records: Sequence[ResultRecord], kld: bool = False) -> str:
     every = [first, Column[ResultRecord]("format", lambda r: r.format or ""), *others]
     text = markdown_table(records, every)
     text += f"\n{markdown_cell(caption(records))}.\n"
-    lines = [*explanations(table, every), *(f"note {i}: {note}" for i, note in enumerate(table.notes, 1))]
+    verdicts = (f"{label}: {text}" for label, text, _ in verdict_lines(records))
+    lines = [
+        *verdicts,
+        *explanations(table, every),
+        *(f"note {i}: {note}" for i, note in enumerate(table.notes, 1)),
+    ]
     failures = [
         f"- **{markdown_cell(record.label)}** failed ({record.error.category}): "
         f"{markdown_cell(record.error.message)}. To do: {markdown_cell(record.error.remedy)}\n"
