@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evalq.cli.config import add_config
-from evalq.cli.numbers import count, positive, seconds
+from evalq.cli.numbers import count, positive, seconds, share
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from evalq.results.record import ResultRecord
+    from evalq.results.store import Store
+    from evalq.results.tokens import TokenColumns
     from evalq.spec import DataSpec, ModelSpec
 
 # As in evalq.data.protocols, whose import is too slow for --help.
@@ -91,6 +93,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--markdown", nargs="?", const="-", metavar="FILE", help="a table for a README (default: -)"
     )
+    out.add_argument(
+        "--significance", action="store_true", help="matrices of all pairs: which of the models differ"
+    )
+    out.add_argument(
+        "--resolve",
+        type=share,
+        metavar="0.5%",
+        help="how many windows it takes to know each perplexity's ratio to the reference's within ± 0.5%%",
+    )
     out.add_argument("--memory", action="store_true", help="a second table: where each model's memory went")
     out.add_argument(
         "-q", "--quiet", action="store_true", help="no progress, no table; failures on standard error"
@@ -160,6 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
     with ConsoleReporter(errors, len(specs), arguments.quiet) as reporter:
         records = compare(data, specs, store, settings, reporter)
     _print(arguments, records, errors)
+    _print_statistics(arguments, records, store, errors)
     _write(arguments, records)
     if draw is not None:
         draw(records, errors)
@@ -249,6 +261,32 @@ def _print(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", err
         from evalq.vllm_memory.run_output import print_runs
 
         print_runs(runs_from_records(records), errors)
+
+
+def _print_statistics(
+    arguments: argparse.Namespace, records: "Sequence[ResultRecord]", store: "Store", errors: "Console"
+) -> None:
+    """What --significance and --resolve ask for, where the table goes or would go."""
+    from evalq.results.resolution import resolutions_of
+    from evalq.results.significance import matrices_of
+    from evalq.show.console import output, say
+    from evalq.show.significance import print_matrices, resolution_lines
+
+    taken = any(name == "-" for _, name in _files(arguments))
+    console = errors if taken else output()
+
+    def scores_of(record: "ResultRecord") -> "TokenColumns | None":
+        return store.result(str(record.key)).scores()
+
+    if arguments.significance:
+        console.print()
+        print_matrices(matrices_of(records, scores_of), console)
+    if arguments.resolve is not None:
+        found = resolutions_of(records, scores_of, arguments.resolve)
+        for line in resolution_lines(found):
+            say(console, line)
+        if not found:
+            say(console, "--resolve: no model was compared with a reference")
 
 
 def _write(arguments: argparse.Namespace, records: "Sequence[ResultRecord]") -> None:

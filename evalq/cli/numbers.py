@@ -23,6 +23,18 @@ def positive(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A part of 1 above 0 and below 1, such as 0.005, or in percent with its sign, such as 0.5%."""
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'"{text}" is neither a percentage such as 0.5% nor 0.005') from None
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} should be more than 0 and less than 100%")
+    return value
+
+
 def seconds(text: str) -> float:
     """A time in seconds, above 0."""
     value = positive(text)

@@ -36,6 +36,7 @@ __all__ = [
     "TextBuilder",
     "Window",
     "WindowPlan",
+    "cluster_of",
     "plan_windows",
     "protocol_named",
     "stream_special_tokens",
@@ -51,7 +52,7 @@ class WindowPlan:
         windows: at least one, each with at least one target.
         prefix: token ids that windows put before themselves or over their first token.
         overlapping: neighbouring windows share more stream tokens than one token of context, so their
-            scores are not independent and a window-clustered standard error is a lower bound.
+            scores are not independent of each other.
     """
 
     protocol: str
@@ -86,6 +87,11 @@ class WindowPlan:
         return np.repeat(np.arange(len(self.windows)), [window.n_targets for window in self.windows])
 
     @cached_property
+    def cluster_of(self) -> NDArray[np.int64]:
+        """Which scored tokens depend on each other, int64 [n_targets]: `cluster_of` of its table."""
+        return cluster_of(self.table)
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of the windows and the prefix: two plans with one digest score the same tokens."""
         digest = hashlib.sha256(self.table.astype("<i8").tobytes())
@@ -112,6 +118,39 @@ class WindowPlan:
 
         groups = [list(same) for _, same in groupby(range(len(self.windows)), key=shape)]
         return [g[i : i + batch_windows] for g in groups for i in range(0, len(g), batch_windows)]
+
+
+def cluster_of(table: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Scored tokens that depend on each other, because they share context or are the same token of the text.
+
+    Windows side by side are clusters themselves. Where neighbours overlap, a token is scored in several of
+    them, or scored beside context that another one scores. Then the text between the first and the last
+    scored token is cut into equal stretches, each as long as the longest window or a little longer, and
+    every score of a token in one stretch belongs to one cluster, in whatever window it was made. So there
+    are as many clusters as there would be windows side by side, and errors are those of such windows.
+
+    Args:
+        table: windows in stream order as (start, end, score_from, ...), int64 [W, 3 or more].
+
+    Returns:
+        Names of the clusters, int64 [n], n scored tokens in the order of the windows.
+    """
+    starts, ends, score_from = table[:, 0], table[:, 1], table[:, 2]
+    n_targets = ends - score_from
+    window_of = np.repeat(np.arange(len(table), dtype=np.int64), n_targets)
+    if not _overlapping(starts, ends):
+        return window_of
+    first_of_window = np.cumsum(n_targets) - n_targets
+    position = np.arange(window_of.size) - (first_of_window - score_from)[window_of]
+    first, last = int(score_from.min()), int(ends.max())
+    n_stretches = max(1, (last - int(starts.min())) // int((ends - starts).max()))
+    found: NDArray[np.int64] = (position - first) * n_stretches // (last - first)
+    return found
+
+
+def _overlapping(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> bool:
+    """Whether neighbouring windows share more tokens than one of context."""
+    return bool(np.any(ends[:-1] - starts[1:] > 1))
 
 
 def protocol_named(name: str) -> Protocol:

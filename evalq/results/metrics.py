@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
-from evalq.engine.columns import LOGPROB, TOP1, TOP1_BOUND
-from evalq.results.statistics import Float64s, clustered_stderr, exp, require_finite
+from evalq.engine.columns import ENTROPY, LOGPROB, TOP1, TOP1_BOUND
+from evalq.results.estimate import Estimate, Sample
+from evalq.results.statistics import LOG, LOGIT, PLAIN, Clusters, Float64s, Scale, exp, require_finite
 
 
 @dataclass(frozen=True)
@@ -36,36 +36,18 @@ class TextScale:
     n_words: int | None = None
 
 
-class Estimate(BaseModel):
-    """A number with its error.
-
-    Args:
-        value: in the metric's unit.
-        stderr: window-clustered standard error; None where it is not known, as with fewer than two windows.
-        stderr_is_lower_bound: the windows overlap, so they are not independent of one another.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    value: float
-    stderr: float | None = None
-    stderr_is_lower_bound: bool = False
-
-
 @dataclass(frozen=True)
 class Measured:
     """One model's columns on one text.
 
     Args:
         columns: name -> [n], n scored tokens.
-        window_of: index of the window of each, int64 [n].
-        overlapping: windows share tokens, so standard errors are lower bounds.
+        cluster_of: which of them depend on each other, int64 [n], as `evalq.data.windows.cluster_of`.
         scale: bytes and words of the text.
     """
 
     columns: Mapping[str, NDArray[Any]]
-    window_of: NDArray[np.int64]
-    overlapping: bool
+    cluster_of: NDArray[np.int64]
     scale: TextScale
 
     @cached_property
@@ -75,26 +57,26 @@ class Measured:
         return found
 
     @cached_property
-    def x_nats(self) -> Float64s:
+    def clusters(self) -> Clusters:
+        """Those of the finite tokens."""
+        return Clusters.named(self.cluster_of[self.finite])
+
+    @cached_property
+    def x_nats(self) -> Sample:
         """-ln P of the finite tokens. Raises ModelError (non_finite) when too few are."""
         require_finite(self.n_tokens, self.n_nonfinite)
-        found: Float64s = -self.columns[LOGPROB.name][self.finite].astype(np.float64)
-        return found
+        x: Float64s = -self.columns[LOGPROB.name][self.finite].astype(np.float64)
+        return Sample(x, self.clusters)
 
-    @cached_property
+    @property
     def nll_nats(self) -> float:
         """Mean of x_nats."""
-        return float(self.x_nats.mean())
-
-    @cached_property
-    def nll_stderr(self) -> float | None:
-        """Its window-clustered standard error."""
-        return clustered_stderr(self.x_nats, self.window_of[self.finite])
+        return self.x_nats.mean
 
     @property
     def n_tokens(self) -> int:
         """Tokens asked for, the non-finite ones included."""
-        return int(self.window_of.size)
+        return int(self.cluster_of.size)
 
     @property
     def n_nonfinite(self) -> int:
@@ -106,11 +88,10 @@ class Measured:
         """Of a text scored as a whole: its few non-finite tokens, if any, count as average ones."""
         return self.nll_nats * self.n_tokens
 
-    def estimate(self, value: float, per_nll: float) -> Estimate:
+    def estimate(self, value: float, per_nll: float, scale: Scale = LOG) -> Estimate:
         """A function of the mean NLL, its error by the delta method: |derivative| * SE(mean x)."""
-        error = None if self.nll_stderr is None else per_nll * self.nll_stderr
-        kept = error if error is not None and math.isfinite(error) else None
-        return Estimate(value=value, stderr=kept, stderr_is_lower_bound=self.overlapping)
+        error = self.x_nats.mean_stderr
+        return self.x_nats.estimate(value, None if error is None else per_nll * error, scale)
 
 
 @dataclass(frozen=True)
@@ -144,7 +125,7 @@ def _ppl(found: Measured) -> Estimate | None:
 
 
 def _nll(found: Measured) -> Estimate | None:
-    return found.estimate(found.nll_nats, 1.0)
+    return found.estimate(found.nll_nats, 1.0, PLAIN)
 
 
 def _nats_per_byte(found: Measured) -> tuple[float, float] | None:
@@ -161,7 +142,7 @@ def _bits_per_byte(found: Measured) -> Estimate | None:
     per_byte = _nats_per_byte(found)
     if per_byte is None:
         return None
-    return found.estimate(per_byte[0] / math.log(2), per_byte[1] / math.log(2))
+    return found.estimate(per_byte[0] / math.log(2), per_byte[1] / math.log(2), PLAIN)
 
 
 def _byte_ppl(found: Measured) -> Estimate | None:
@@ -180,15 +161,19 @@ def _word_ppl(found: Measured) -> Estimate | None:
 
 
 def _share_of(column: str) -> Callable[[Measured], Estimate]:
-    """The share of finite tokens for which a bool column is true, with its window-clustered error."""
+    """The share of finite tokens for which a bool column is true, with its clustered error."""
 
     def compute(found: Measured) -> Estimate:
         require_finite(found.n_tokens, found.n_nonfinite)
-        hits = found.columns[column][found.finite]
-        error = clustered_stderr(hits.astype(np.float64), found.window_of[found.finite])
-        return Estimate(value=float(hits.mean()), stderr=error, stderr_is_lower_bound=found.overlapping)
+        hits = found.columns[column][found.finite].astype(np.float64)
+        return Sample(hits, found.clusters).estimate_mean(LOGIT)
 
     return compute
+
+
+def _entropy(found: Measured) -> Estimate | None:
+    values = found.columns[ENTROPY.name][found.finite].astype(np.float64)
+    return Sample(values, found.clusters).estimate_mean(LOG) if np.isfinite(values).all() else None
 
 
 METRICS: tuple[Metric, ...] = (
@@ -217,6 +202,10 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "top1_bound", (LOGPROB.name, TOP1_BOUND.name), _share_of(TOP1_BOUND.name), "", "", 4,
         "a lower bound of top1, where the engine gives no ranks", share=True,
+    ),
+    Metric(
+        "entropy", (LOGPROB.name, ENTROPY.name), _entropy, "nats per token", "", 4,
+        "mean entropy of the model's distributions: the nll_nats that it expects of itself",
     ),
 )  # fmt: skip
 

@@ -22,7 +22,7 @@ from pydantic import (
 
 from evalq.errors import NotComparable
 from evalq.files import read_json
-from evalq.results.metrics import Estimate
+from evalq.results.estimate import Estimate
 from evalq.results.statistics import exp
 
 RECORD_VERSION = 2
@@ -110,7 +110,7 @@ class AgainstReference(_Measured):
 
     @property
     def ln_ratio_stderr(self) -> float | None:
-        """Its window-clustered standard error; None with fewer than two windows."""
+        """Its clustered standard error; None with fewer than two windows."""
         return self.metrics["ln_ratio"].stderr
 
     @property
@@ -120,8 +120,14 @@ class AgainstReference(_Measured):
 
     @property
     def significant(self) -> bool:
-        """Whether the difference is more than two standard errors from zero; False without an error."""
-        return self.ln_ratio_stderr is not None and abs(self.ln_ratio) > 2 * self.ln_ratio_stderr
+        """Whether the 95% interval of the difference leaves zero out; False without an error.
+
+        Records of evalq 0.1 have no interval; there it is two standard errors to both sides.
+        """
+        found, error = self.metrics["ln_ratio"].interval, self.ln_ratio_stderr
+        if found is not None:
+            return not found[0] <= 0 <= found[1]
+        return error is not None and abs(self.ln_ratio) > 2 * error
 
 
 class ModelFacts(_Frozen):
@@ -200,12 +206,12 @@ class ResultRecord(_Measured):
 
     @property
     def ppl_stderr(self) -> float | None:
-        """Window-clustered standard error of ppl."""
+        """Clustered standard error of ppl."""
         return self.stderr("ppl")
 
     @property
     def ppl_stderr_is_lower_bound(self) -> bool:
-        """Whether windows overlap."""
+        """Whether windows overlap and its error does not take that into account, as in evalq 0.1."""
         return "ppl" in self.metrics and self.metrics["ppl"].stderr_is_lower_bound
 
     @property
@@ -248,6 +254,20 @@ class ResultRecord(_Measured):
         if error is None or not math.isfinite(ratio * per_unit * error):
             return ratio, None
         return ratio, ratio * per_unit * error
+
+    @property
+    def headline_change(self) -> tuple[float, float] | None:
+        """The 95% interval of headline_ppl over the reference's, minus 1: -0.01 is 1% better.
+
+        None without a reference or an error.
+        """
+        per_unit = self._tokens_per_unit
+        found = (
+            None if self.against_reference is None else self.against_reference.metrics["ln_ratio"].interval
+        )
+        if found is None or per_unit is None:
+            return None
+        return exp(per_unit * found[0]) - 1, exp(per_unit * found[1]) - 1
 
     @property
     def _tokens_per_unit(self) -> float | None:

@@ -31,7 +31,7 @@ def scored_record(
     scores, run = result.scores(), result.run()
     if scores is None or not scores.belongs_to(data.plan):
         return None
-    measured = Measured(scores.columns, scores.window_of, data.plan.overlapping, data.scale)
+    measured = Measured(scores.columns, data.plan.cluster_of, data.scale)
     metrics = compute(measured)
     speed = _speed_notes(model, scores)
     notes = [

@@ -9,13 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
-from evalq.results.metrics import METRICS, Estimate, Metric
+from evalq.results.estimate import Estimate
+from evalq.results.metrics import METRICS, Metric
 from evalq.results.paired import PAIR_METRICS, PairMetric
 from evalq.results.record import ResultRecord, require_comparable
 from evalq.show.columns import MAJOR, MINOR, Column, markdown_table, print_columns
 from evalq.show.console import say
 from evalq.show.numbers import NOTHING, change_percent, estimate, number
 from evalq.show.plain import csv_cell, json_text, markdown_cell
+from evalq.show.significance import rules, verdict_lines
 
 # compare_q's own keys first, so that its readers find them where they were.
 _CSV_FIELDS = (
@@ -56,15 +58,23 @@ def shown(records: Sequence[ResultRecord]) -> Shown:
     return Shown(records, reference, notes)
 
 
-def print_table(records: Sequence[ResultRecord], console: Console) -> None:
-    """A table, then what its columns mean, failures and notes. Raises NotComparable."""
+def print_table(records: Sequence[ResultRecord], console: Console, kld: bool = False) -> None:
+    """A table, then what its columns mean, failures and notes. Raises NotComparable.
+
+    Args:
+        records: the rows.
+        console: where to.
+        kld: with the columns of `--kld`, where they are known.
+    """
     table = shown(records)
     say(console, (caption(records), "dim"))
     console.print()
-    kept = print_columns(records, columns(table), console)
+    kept = print_columns(records, columns(table, kld), console)
     console.print()
     for line in explanations(table, kept):
         say(console, (line, "dim"))
+    for label, text, style in verdict_lines(records):
+        say(console, f"{label}: ", (text, style))
     for record in records:
         if record.error:
             say(console, (record.label, "red"), f": {record.error.message} → {record.error.remedy}")
@@ -72,8 +82,13 @@ def print_table(records: Sequence[ResultRecord], console: Console) -> None:
         say(console, (f"note {i}", "yellow"), f": {note}")
 
 
-def columns(table: Shown) -> list[Column[ResultRecord]]:
-    """The columns of a table of results; which of them a narrow terminal shows is their own affair."""
+def columns(table: Shown, kld: bool = False) -> list[Column[ResultRecord]]:
+    """The columns of a table of results; which of them a narrow terminal shows is their own affair.
+
+    Args:
+        table: the records.
+        kld: with those of `--kld`.
+    """
     per = _unit(table.records)
     found = [
         Column[ResultRecord]("model", lambda r: r.label),
@@ -103,21 +118,26 @@ def columns(table: Shown) -> list[Column[ResultRecord]]:
         if any(r.against_reference.quantized for r in table.records if r.against_reference):
             meaning += "; the reference is itself quantized"
         found.append(Column(name, _against, MAJOR, right=True, help=meaning))
-    found += _metric_columns(table.records)
+    found += _metric_columns(table.records, kld)
     return [*found, Column("status", lambda r: _status(table, r), MAJOR, style=_status_style)]
 
 
-def _metric_columns(records: Sequence[ResultRecord]) -> list[Column[ResultRecord]]:
+def _metric_columns(records: Sequence[ResultRecord], kld: bool) -> list[Column[ResultRecord]]:
     """A column for every row of metrics that has a header and that some record holds."""
     rows: list[tuple[Metric | PairMetric, Callable[[ResultRecord], Estimate | None]]] = [
         *((row, partial(_own_estimate, name=row.name)) for row in METRICS if row.name not in _HEADLINES),
-        *((row, partial(_pair_estimate, name=row.name)) for row in PAIR_METRICS),
+        *((row, partial(_pair_estimate, name=row.name)) for row in PAIR_METRICS if kld or not row.with_kld),
     ]
     return [
-        Column(row.header, partial(_metric_text, row, get), MINOR, right=True, help=row.help)
+        Column(row.header, partial(_metric_text, row, get), _priority(row), right=True, help=row.help)
         for row, get in rows
         if row.header and any(get(record) is not None for record in records)
     ]
+
+
+def _priority(row: Metric | PairMetric) -> int:
+    """What was asked for stays longer than what is always there."""
+    return MAJOR if isinstance(row, PairMetric) and row.with_kld else MINOR
 
 
 def _own_estimate(record: ResultRecord, name: str) -> Estimate | None:
@@ -162,17 +182,22 @@ def explanations(table: Shown, columns: Sequence[Column[ResultRecord]]) -> list[
             f"no perplexity per {_unit(scored)}: it needs the text as a whole, and max_tokens cuts it; "
             "bits per byte are in --json and --csv"
         )
-    return lines
+    return lines + rules(table.records)
 
 
-def markdown(records: Sequence[ResultRecord]) -> str:
+def markdown(records: Sequence[ResultRecord], kld: bool = False) -> str:
     """A table for a README, with failures and notes under it. Raises NotComparable."""
     table = shown(records)
-    first, *others = columns(table)
+    first, *others = columns(table, kld)
     every = [first, Column[ResultRecord]("format", lambda r: r.format or ""), *others]
     text = markdown_table(records, every)
     text += f"\n{markdown_cell(caption(records))}.\n"
-    lines = [*explanations(table, every), *(f"note {i}: {note}" for i, note in enumerate(table.notes, 1))]
+    verdicts = (f"{label}: {text}" for label, text, _ in verdict_lines(records))
+    lines = [
+        *verdicts,
+        *explanations(table, every),
+        *(f"note {i}: {note}" for i, note in enumerate(table.notes, 1)),
+    ]
     failures = [
         f"- **{markdown_cell(record.label)}** failed ({record.error.category}): "
         f"{markdown_cell(record.error.message)}. To do: {markdown_cell(record.error.remedy)}\n"
@@ -187,7 +212,7 @@ def as_csv(records: Sequence[ResultRecord]) -> str:
     """One line per record, raw numbers; notes joined by "; "."""
     out = io.StringIO()
     metrics = [*(row.name for row in METRICS), *(row.name for row in PAIR_METRICS)]
-    estimates = [field for name in metrics for field in (name, f"{name}_stderr")]
+    estimates = [field for name in metrics for field in csv_names(name)]
     fields = list(dict.fromkeys([*_CSV_FIELDS, *estimates]))
     writer = csv.DictWriter(out, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -216,8 +241,15 @@ def _flat(record: ResultRecord) -> dict[str, Any]:
 
 
 def _plain_metrics(metrics: Mapping[str, Estimate]) -> dict[str, float | None]:
-    values: dict[str, float | None] = {name: found.value for name, found in metrics.items()}
-    return values | {f"{name}_stderr": found.stderr for name, found in metrics.items()}
+    found: dict[str, float | None] = {}
+    for name, one in metrics.items():
+        found |= zip(csv_names(name), (one.value, one.stderr, one.low, one.high), strict=True)
+    return found
+
+
+def csv_names(metric: str) -> tuple[str, str, str, str]:
+    """The columns of a metric in CSV: value, standard error, ends of the 95% interval."""
+    return metric, f"{metric}_stderr", f"{metric}_low", f"{metric}_high"
 
 
 def _unit(records: Sequence[ResultRecord]) -> str:

@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 
 from evalq.engine.failures import CATEGORIES
 from evalq.errors import ModelError
-from evalq.results.metrics import METRICS, Estimate, Measured, Metric, TextScale, compute
+from evalq.results.estimate import Estimate
+from evalq.results.metrics import METRICS, Measured, Metric, TextScale, compute
 from evalq.results.paired import Pair, compare
 from evalq.results.record import AgainstReference, ResultRecord
 from evalq.results.statistics import clustered_stderr
 
 
-def measured(logprob, window_of=None, *, overlapping: bool = False, top1=None, **scale) -> Measured:
+def measured(logprob, window_of=None, *, top1=None, **scale) -> Measured:
     logprob = np.asarray(logprob, np.float32)
     window_of = np.arange(logprob.size) // 4 if window_of is None else np.asarray(window_of)
     top1 = np.zeros(logprob.size, bool) if top1 is None else np.asarray(top1, bool)
-    return Measured({"logprob": logprob, "top1": top1}, window_of, overlapping, TextScale(**scale))
+    return Measured({"logprob": logprob, "top1": top1}, window_of, TextScale(**scale))
 
 
 def summary(logprob, window_of=None, **more) -> ResultRecord:
@@ -189,9 +190,11 @@ def test_one_window_has_no_error_bar(window_of):
     assert paired_difference(-np.ones(3), -np.ones(3), np.array(window_of)).ln_ratio_stderr is None
 
 
-def test_overlap_is_passed_on():
-    assert summary(-np.ones(8), overlapping=True).ppl_stderr_is_lower_bound
-    assert not summary(-np.ones(8)).ppl_stderr_is_lower_bound
+def test_overlap_that_is_not_taken_into_account_is_said():
+    a = -np.arange(8.0)
+    pair = Pair({"logprob": a}, {"logprob": -np.ones(8)}, np.arange(8) // 2, overlap_ignored=True)
+    assert all(found.stderr_is_lower_bound for found in compare(pair).values())
+    assert not summary(a).ppl_stderr_is_lower_bound
 
 
 # --- precision --------------------------------------------------------------------------------------------
@@ -315,31 +318,35 @@ def test_pairs_with_a_non_finite_half_are_left_out():
 
 def test_a_metric_is_computed_where_its_columns_are_and_nowhere_else():
     found = measured(-np.ones(8))
-    entropy = Metric(
-        "entropy",
-        ("entropy",),
-        lambda m: Estimate(value=float(m.columns["entropy"].mean())),
+    surprise = Metric(
+        "surprise",
+        ("surprise",),
+        lambda m: Estimate(value=float(m.columns["surprise"].mean())),
         "nats",
         "",
         3,
         "x",
     )
-    assert "entropy" not in compute(found, (*METRICS, entropy))
-    found.columns["entropy"] = np.full(8, 2.5)
-    assert compute(found, (*METRICS, entropy))["entropy"].value == 2.5
+    assert "surprise" not in compute(found, (*METRICS, surprise))
+    found.columns["surprise"] = np.full(8, 2.5)
+    assert compute(found, (*METRICS, surprise))["surprise"].value == 2.5
 
 
 def test_every_metric_has_a_name_of_its_own_and_columns_that_exist():
     assert len({metric.name for metric in METRICS}) == len(METRICS)
-    assert {name for metric in METRICS for name in metric.columns} <= {"logprob", "top1", "top1_bound"}
+    assert {name for metric in METRICS for name in metric.columns} <= {
+        "logprob",
+        "top1",
+        "top1_bound",
+        "entropy",
+    }
 
 
 def test_a_lower_bound_has_a_name_of_its_own():
     found = measured(-np.ones(8))
     bound = Measured(
         {"logprob": found.columns["logprob"], "top1_bound": np.arange(8) < 2},
-        found.window_of,
-        False,
+        found.cluster_of,
         TextScale(),
     )
     assert compute(bound)["top1_bound"].value == 0.25 and "top1" not in compute(bound)

@@ -11,7 +11,8 @@ from markdown_it import MarkdownIt
 from result_records import against, failed, record, terminal
 from rich.cells import cell_len
 
-from evalq.results.metrics import Estimate, Metric
+from evalq.results.estimate import Estimate
+from evalq.results.metrics import Metric
 from evalq.results.paired import PairMetric
 from evalq.results.record import AgainstReference, ResultRecord
 from evalq.show import table
