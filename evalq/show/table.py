@@ -74,7 +74,7 @@ def print_table(records: Sequence[ResultRecord], console: Console, kld: bool = F
     for line in explanations(table, kept):
         say(console, (line, "dim"))
     for label, text, style in verdict_lines(records):
-        say(console, f"{label}: ", (text, style))
+        say(console, f"  {label}: ", (text, style))
     for record in records:
         if record.error:
             say(console, (record.label, "red"), f": {record.error.message} → {record.error.remedy}")
@@ -194,8 +194,8 @@ def markdown(records: Sequence[ResultRecord], kld: bool = False) -> str:
     text += f"\n{markdown_cell(caption(records))}.\n"
     verdicts = (f"{label}: {text}" for label, text, _ in verdict_lines(records))
     lines = [
-        *verdicts,
         *explanations(table, every),
+        *verdicts,
         *(f"note {i}: {note}" for i, note in enumerate(table.notes, 1)),
     ]
     failures = [
