@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict
 
 from evalq.results.statistics import PLAIN, Clusters, Float64s, Scale, interval
 
-
 # Tokens above or below a percentile, whichever are fewer, from which on its interval holds.
 TOKENS_BEYOND = 5
 
