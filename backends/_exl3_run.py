@@ -17,8 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from evalq.backends._torch_divergence import COLUMNS as BESIDE
+from evalq.backends._torch_reference import RowKeeper, TorchReference, logits_of
 from evalq.backends._torch_scores import score_rows
 from evalq.engine.backend import Batch
+from evalq.engine.columns import REFERENCE_ROWS
+from evalq.engine.reference import ReferenceHead
 
 # Above exllamav3's AUTO_RECONSTRUCT_THRESHOLD (144 rows) in version 1.6.
 INPUT_TOKENS_MIN = 256
@@ -29,6 +33,7 @@ ATTENTION = "flash_attn_nc"  # exllamav3's name for attention without a cache
 # Columns of the head that are unpacked at once, so that a large vocabulary is never a dense matrix.
 HEAD_SLICE_MIB = 12
 MIB = 2**20
+_HIDDEN = "hidden"  # of a graph's outputs
 
 
 @dataclass
@@ -47,6 +52,8 @@ class Handle:
         replay: the recorded forward, None before there is one.
         replayed_kind: of the batches it is for.
         setup_seconds: spent on recording.
+        kept: how the distributions are kept as a reference, None where they are not asked for.
+        reference: distributions that the model is compared with, or None.
     """
 
     model: Any
@@ -60,6 +67,12 @@ class Handle:
     replay: Any = None
     replayed_kind: "_Kind | None" = None
     setup_seconds: float = 0.0
+    kept: ReferenceHead | None = None
+    reference: TorchReference | None = None
+
+    def head_apart(self, columns: tuple[str, ...]) -> bool:
+        """Whether a graph ends before the head: what stands beside it comes from outside."""
+        return REFERENCE_ROWS in columns or bool({*columns} & {column.name for column in BESIDE})
 
 
 # What batches must share to be one graph: B, T, the first target, the columns.
@@ -84,11 +97,12 @@ def resident(handle: Handle, batches: list[Batch]) -> Iterator[dict[str, Any]]:
         with torch.inference_mode():
             if handle.replay is not None and kind == handle.replayed_kind:
                 embedded = _embedded(handle, batch, {"attn_mode": ATTENTION})
-                scores = handle.replay.run(embedded, _targets(batch))
+                outputs = handle.replay.run(embedded, _targets(batch))
+                scores = _scores(handle, outputs, batch)
             else:
                 # forward() writes into the dictionary: a fresh one for every call.
                 hidden = handle.model.forward(_inputs(batch), {"attn_mode": ATTENTION})
-                scores = head_scores(handle, *_scored_rows(hidden, batch), batch.columns)
+                scores = head_scores(handle, _scored_rows(hidden, batch), batch)
                 del hidden
                 if handle.use_graph and kind == common and n_common >= GRAPH_BATCHES_MIN:
                     torch.cuda.synchronize()
@@ -108,14 +122,16 @@ def _recorded(handle: Handle, batch: Batch, scores: dict[str, Any]) -> Any:
 
     params = {"attn_mode": ATTENTION}
     embedded = _embedded(handle, batch, params)
-    device = next(iter(scores.values())).device
+    device = handle.body[-1].device
     targets_R = _targets(batch).to(device)
     whole = handle.model.fwd_modules
 
     def step(hidden_BTH: Any, targets_R: Any) -> dict[str, Any]:
         hidden_BTH = handle.model.forward_ls(hidden_BTH, {"attn_mode": ATTENTION})
-        rows_RH, _ = _scored_rows(hidden_BTH, batch, targets_R)
-        return head_scores(handle, rows_RH, targets_R, batch.columns)
+        rows_RH = _scored_rows(hidden_BTH, batch)
+        if handle.head_apart(batch.columns):
+            return {_HIDDEN: rows_RH}
+        return head_scores(handle, rows_RH, batch, targets_R)
 
     handle.use_graph = recordable(handle.model, [*handle.body, handle.head], params)
     if not handle.use_graph:
@@ -123,12 +139,12 @@ def _recorded(handle: Handle, batch: Batch, scores: dict[str, Any]) -> Any:
     handle.model.fwd_modules = whole[1:]
     try:
         replay = record(step, embedded, targets_R, handle.body[-1].device)
-        again = replay.run(embedded, targets_R)
+        again = _scores(handle, replay.run(embedded, targets_R), batch)
         # Two NaN are no difference: what is not finite is reported with the scores.
         difference = max(
             float((again[name].float() - scores[name].float()).abs().nan_to_num(nan=0.0).max())
             for name in scores
-            if scores[name].is_floating_point()
+            if name != REFERENCE_ROWS and scores[name].is_floating_point()
         )
         problem = f"it changes scores by {difference:.3f} nats" if difference > DIFFERENCE_MAX_NATS else ""
     except RuntimeError as error:
@@ -176,7 +192,7 @@ def streamed(handle: Handle, batches: list[Batch]) -> Iterator[dict[str, Any]]:
             with torch.inference_mode():
                 hidden = handle.head.prepare_for_device(states[i], {})
                 states[i] = None
-                scores = head_scores(handle, *_scored_rows(hidden, batch), batch.columns)
+                scores = head_scores(handle, _scored_rows(hidden, batch), batch)
                 del hidden
             yield scores
 
@@ -209,26 +225,48 @@ def _targets(batch: Batch) -> Any:
     return torch.from_numpy(np.ascontiguousarray(batch.targets_BR)).flatten()
 
 
-def _scored_rows(hidden_BTH: Any, batch: Batch, targets_R: Any = None) -> tuple[Any, Any]:
-    """The hidden states that predict a target [R, H], and the targets [R] beside them."""
-    rows_RH = hidden_BTH[:, batch.first_target - 1 : batch.ids_BT.shape[1] - 1].flatten(0, 1).contiguous()
-    return rows_RH, _targets(batch).to(rows_RH.device) if targets_R is None else targets_R
+def _scored_rows(hidden_BTH: Any, batch: Batch) -> Any:
+    """The hidden states that predict a target, [R, H]."""
+    return hidden_BTH[:, batch.first_target - 1 : batch.ids_BT.shape[1] - 1].flatten(0, 1).contiguous()
 
 
-def head_scores(handle: Handle, rows_RH: Any, targets_R: Any, columns: tuple[str, ...]) -> dict[str, Any]:
-    """Columns of each target, tensors [R] on the GPU."""
+def _scores(handle: Handle, outputs: dict[str, Any], batch: Batch) -> dict[str, Any]:
+    """What a graph gave, with what it left to the head outside of it."""
+    return head_scores(handle, outputs[_HIDDEN], batch) if _HIDDEN in outputs else outputs
+
+
+def head_logits(handle: Handle, rows_RH: Any) -> Any:
+    """Float32 logits of hidden states, [R, V]."""
     import torch
 
+    logits = handle.head.forward(rows_RH, {"reconstruct": True}, out_dtype=torch.float)
+    return logits[:, : handle.vocab_size]
+
+
+def head_scores(handle: Handle, rows_RH: Any, batch: Batch, targets_R: Any = None) -> dict[str, Any]:
+    """Columns of each target, tensors [R] on the GPU; beside them what is kept of the batch, if anything."""
+    import torch
+
+    targets_R = _targets(batch).to(rows_RH.device) if targets_R is None else targets_R
+    keeper = RowKeeper(handle.kept) if REFERENCE_ROWS in batch.columns else None
     n_rows = len(targets_R)
+    kept_RH = rows_RH
     if n_rows < CHUNK_ROWS_MIN // 2:
         rows_RH = torch.nn.functional.pad(rows_RH, (0, 0, 0, CHUNK_ROWS_MIN // 2 - n_rows))
 
-    def logits_of(rows: slice) -> Any:
-        logits = handle.head.forward(rows_RH[rows], {"reconstruct": True}, out_dtype=torch.float)
-        return logits[:, : handle.vocab_size]
-
     with _narrow_slices(rows_RH.shape[1]):
-        return score_rows(logits_of, targets_R, handle.chunk_rows, columns, len(rows_RH))
+        scores = score_rows(
+            lambda rows: head_logits(handle, rows_RH[rows]),
+            targets_R,
+            handle.chunk_rows,
+            batch.columns,
+            len(rows_RH),
+            logits_of(handle.reference, batch),
+            None if keeper is None else keeper.keep_logits,
+        )
+    if keeper is not None:
+        scores[REFERENCE_ROWS] = keeper.rows(kept_RH, batch.shape)
+    return scores
 
 
 @contextlib.contextmanager

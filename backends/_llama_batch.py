@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 
 from evalq.backends import _llama
 from evalq.engine.backend import Ids, Scores
-from evalq.engine.columns import ENTROPY, LOGPROB, TOP1
+from evalq.engine.columns import (
+    ACCEPTANCE,
+    ARGMAX,
+    ENTROPY,
+    KLD,
+    LOGPROB,
+    MAX_PROB,
+    REFERENCE_LOGPROB,
+    TOP1,
+)
 
 
 @dataclass
@@ -53,7 +62,9 @@ class LlamaBatch:
         )
 
 
-COLUMNS = (LOGPROB, TOP1, ENTROPY)
+OWN = (LOGPROB, TOP1, ENTROPY, ARGMAX, MAX_PROB)
+BESIDE = (KLD, ACCEPTANCE, REFERENCE_LOGPROB)
+COLUMNS = (*OWN, *BESIDE)
 
 
 def score_rows(
@@ -62,6 +73,7 @@ def score_rows(
     columns: Sequence[str],
     pool: Executor | None = None,
     n_slices: int = 1,
+    reference_NV: NDArray[np.float32] | None = None,
 ) -> Scores:
     """Columns of each row's target, [N], without a copy of the logits larger than one row per slice.
 
@@ -75,40 +87,80 @@ def score_rows(
         columns: names of COLUMNS.
         pool: threads to score the slices in (numpy releases the interpreter lock), None for this one.
         n_slices: how many parts the rows are cut into.
+        reference_NV: logits of the reference, overwritten; needed for the columns beside it.
     """
     n = len(targets_N)
-    # Those not asked for cost a store of one number a row.
-    everything = {column.name: np.empty(n, column.dtype) for column in COLUMNS}
-    found = {name: everything[name] for name in columns}
-    entropy = ENTROPY.name in found
+    found: Scores = {column.name: np.empty(n, column.dtype) for column in COLUMNS if column.name in columns}
+    rows = _Rows(logits_NV, targets_N, reference_NV, found)
     if pool is None:
-        _score_slice(logits_NV, targets_N, everything, slice(0, n), entropy)
+        rows.score(slice(0, n))
         return found
     cuts = [n * i // n_slices for i in range(n_slices + 1)]
-    jobs = [
-        pool.submit(_score_slice, logits_NV, targets_N, everything, slice(a, b), entropy)
-        for a, b in pairwise(cuts)
-        if a < b
-    ]
+    jobs = [pool.submit(rows.score, slice(a, b)) for a, b in pairwise(cuts) if a < b]
     for job in jobs:
         job.result()
     return found
 
 
-def _score_slice(
-    logits_NV: NDArray[np.float32], targets_N: Ids, scores: Scores, rows: slice, entropy: bool
-) -> None:
-    scratch_V = np.empty(logits_NV.shape[1], np.float32)
-    logprob, top1 = scores[LOGPROB.name], scores[TOP1.name]
-    with np.errstate(invalid="ignore", over="ignore"):
-        for i in range(rows.start, rows.stop):
-            row_V = logits_NV[i]
-            top, own = row_V.max(), row_V[targets_N[i]]
-            np.subtract(row_V, top, out=scratch_V)
-            np.exp(scratch_V, out=scratch_V)
-            total = float(scratch_V.sum())
-            logprob[i] = float(own - top) - np.log(total)
-            top1[i] = own == top
-            if entropy:
-                mean = float(np.multiply(scratch_V, row_V - top, out=scratch_V).sum()) / total
-                scores[ENTROPY.name][i] = np.log(total) - mean
+@dataclass(frozen=True)
+class _Rows:
+    """What the threads share: logits in, columns out."""
+
+    logits_NV: NDArray[np.float32]
+    targets_N: Ids
+    reference_NV: NDArray[np.float32] | None
+    found: Scores
+
+    def score(self, rows: slice) -> None:
+        """Some rows, one after the other."""
+        exp_V = np.empty(self.logits_NV.shape[1], np.float32)
+        below_V = np.empty_like(exp_V)
+        found = self.found
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            for i in range(rows.start, rows.stop):
+                row_V, target = self.logits_NV[i], self.targets_N[i]
+                top, own = row_V.max(), row_V[target]
+                np.subtract(row_V, top, out=below_V)
+                np.exp(below_V, out=exp_V)
+                total = float(exp_V.sum())
+                alone = {
+                    LOGPROB.name: float(own - top) - np.log(total),
+                    TOP1.name: own == top,
+                    MAX_PROB.name: 1 / total,
+                }
+                for name in alone.keys() & found.keys():
+                    found[name][i] = alone[name]
+                if ARGMAX.name in found:
+                    found[ARGMAX.name][i] = row_V.argmax()
+                if self.reference_NV is not None:
+                    self._beside(i, below_V, exp_V, total)
+                if ENTROPY.name in found:
+                    mean = float(np.multiply(exp_V, below_V, out=exp_V).sum()) / total
+                    found[ENTROPY.name][i] = np.log(total) - mean
+
+    def _beside(self, i: int, q_V: NDArray[np.float32], exp_q_V: NDArray[np.float32], sum_q: float) -> None:
+        """A row beside the reference's; both are logits below their maximum, over what both share."""
+        assert self.reference_NV is not None
+        found, p_V = self.found, self.reference_NV[i]
+        p_V -= p_V.max()
+        exp_p_V = np.exp(p_V)
+        sum_p = float(exp_p_V.sum())
+        if REFERENCE_LOGPROB.name in found:
+            found[REFERENCE_LOGPROB.name][i] = float(p_V[self.targets_N[i]]) - np.log(sum_p)
+        shared = min(len(p_V), len(q_V))
+        if len(p_V) > shared:
+            p_V, exp_p_V = p_V[:shared], exp_p_V[:shared]
+            sum_p = float(exp_p_V.sum())
+        if len(q_V) > shared:
+            q_V, exp_q_V = q_V[:shared], exp_q_V[:shared]
+            sum_q = float(exp_q_V.sum())
+        if KLD.name in found:
+            np.subtract(p_V, q_V, out=p_V)
+            p_V *= exp_p_V
+            mean = float(p_V.sum()) / sum_p
+            if np.isnan(mean):  # where p is zero it does not matter what q is
+                mean = float(p_V[exp_p_V > 0].sum()) / sum_p
+            found[KLD.name][i] = mean - np.log(sum_p) + np.log(sum_q)
+        if ACCEPTANCE.name in found:
+            exp_p_V *= np.float32(sum_q / sum_p)
+            found[ACCEPTANCE.name][i] = float(np.minimum(exp_p_V, exp_q_V, out=exp_p_V).sum()) / sum_q

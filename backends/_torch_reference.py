@@ -142,7 +142,7 @@ class TorchReference:
         return self.head.weight is not None and self._weight_Vd is None
 
     def logits(self, packed_R: Packed) -> Any:
-        """Logits of kept rows, float32 [R, V], a tensor of its own on the device."""
+        """Logits of kept rows, [R, V], in the type that the reference's head gives; a tensor of its own."""
         import torch
 
         head = self.head
@@ -186,7 +186,7 @@ class TorchReference:
             logits_RV = logits_RV / head.divisor
         if head.soft_cap is not None:
             logits_RV = (logits_RV / head.soft_cap).tanh() * head.soft_cap
-        return logits_RV.float()[:, : head.vocab_size]
+        return logits_RV[:, : head.vocab_size]
 
 
 def _blocks(n_rows: int) -> list[slice]:

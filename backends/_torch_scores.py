@@ -84,8 +84,11 @@ def score_rows(
 
 
 def to_arrays(found: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
-    """Tensors [R] as numpy arrays [B, R / B]."""
-    return {name: column.cpu().numpy().reshape(shape) for name, column in found.items()}
+    """Tensors [R] as numpy arrays [B, R / B]; what is numpy already has its shape."""
+    return {
+        name: column if isinstance(column, np.ndarray) else column.cpu().numpy().reshape(shape)
+        for name, column in found.items()
+    }
 
 
 def peak_memory_fn(device: Any) -> Callable[[], int] | None:

@@ -16,12 +16,23 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from evalq.backends._exl3_run import CHUNK_ROWS_MIN, INPUT_TOKENS_MIN, MIB, Handle, resident, streamed
+from evalq.backends._exl3_run import (
+    CHUNK_ROWS_MIN,
+    INPUT_TOKENS_MIN,
+    MIB,
+    Handle,
+    head_logits,
+    resident,
+    streamed,
+)
 from evalq.backends._exl3_tokenizer import TOKENIZER_FILE, load_tokenizer
 from evalq.backends._tokenize import tokenize_fn
+from evalq.backends._torch_reference import TorchReference, find_weight, pack_rows, reference_notes
 from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, to_arrays
 from evalq.checkpoint.adapter import Adapter
 from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Option, Scores, Tokenizer
+from evalq.engine.columns import REFERENCE_ROWS
+from evalq.engine.reference import ReferenceHead
 from evalq.errors import ModelError
 
 OPTIONS = {
@@ -127,8 +138,14 @@ def _load(request: LoadRequest) -> LoadedModel:
         use_graph=use_graph,
         notes=notes,
     )
+    if REFERENCE_ROWS in request.columns:
+        handle.kept = _kept(handle, request)
+    if request.reference is not None:
+        handle.reference = TorchReference(request.reference, device)
+        notes += reference_notes(handle.reference)
     return LoadedModel(
         handle=handle,
+        reference_head=handle.kept,
         vocab_size=vocab_size,
         max_positions=None,  # evalq reads config.json itself; the engine invents 8192 where it says nothing
         device=_devices(model, device),
@@ -140,6 +157,37 @@ def _load(request: LoadRequest) -> LoadedModel:
         notes=notes,
         warm_up=not streaming,
     )
+
+
+def _kept(handle: Handle, request: LoadRequest) -> ReferenceHead:
+    """How the distributions are kept: by what goes into an unquantized head, else by the logits."""
+    import torch
+
+    size, head = handle.vocab_size, handle.head
+    by_logits = ReferenceHead(kind="logits", dtype="float32", width=size, vocab_size=size)
+    inner = getattr(head, "inner", None)
+    if getattr(inner, "quant_type", "") != "fp16" or inner.bias is not None or request.adapter is not None:
+        return by_logits
+    weight_Vd = inner.weight.T[:size, : head.in_features_unpadded]
+    weight = find_weight(request.path, weight_Vd)
+    if weight is None:
+        return by_logits
+    kept = ReferenceHead(
+        kind="hidden",
+        dtype="float16",
+        width=weight.columns,
+        vocab_size=size,
+        weight=weight,
+        multiplier=head.post_scale,
+        soft_cap=head.softcap or None,
+    )
+    rows_RH = torch.randn(8, weight.columns, dtype=torch.float16, device=inner.weight.device)
+    with torch.inference_mode():
+        own, again = (
+            head_logits(handle, rows_RH),
+            TorchReference(kept, rows_RH.device).logits(pack_rows(rows_RH)),
+        )
+    return kept if torch.allclose(own, again, rtol=1e-2, atol=1e-2) else by_logits
 
 
 def _check(request: LoadRequest) -> None:

@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evalq.backends import _llama
 from evalq.backends._llama_batch import COLUMNS, LlamaBatch, score_rows
 from evalq.backends._llama_plan import OPTIONS, Plan, context_params, make_plan, model_params
+from evalq.backends._llama_reference import gives_again, hidden_head, logits_head, pack
 from evalq.engine.backend import Backend, Batch, Ids, LoadedModel, LoadRequest, Scores, Tokenizer
+from evalq.engine.columns import REFERENCE, REFERENCE_ROWS
+from evalq.engine.reference import NumpyReference, Packed, ReferenceHead
 from evalq.errors import ModelError
 
 _NOTABLE_WARNING = r"missing pre-tokenizer|not supported, set to disabled|bad special token"
@@ -29,7 +33,10 @@ _NOTABLE_WARNING = r"missing pre-tokenizer|not supported, set to disabled|bad sp
 
 @dataclass
 class _Handle:
-    """What load() took: llama_model, llama_context, threads for the log-sum-exp."""
+    """What load() took: llama_model, llama_context, threads for the log-sum-exp.
+
+    `kept` says how the distributions are kept as a reference, `reference` is what they are compared with.
+    """
 
     path: Path
     model: Any
@@ -37,6 +44,13 @@ class _Handle:
     plan: Plan
     batch: LlamaBatch
     pool: ThreadPoolExecutor | None
+    kept: ReferenceHead | None = None
+    reference: NumpyReference | None = None
+
+    @property
+    def shows_hidden(self) -> bool:
+        """Whether llama.cpp hands out hidden states; it then works out the logits of every position."""
+        return self.kept is not None and self.kept.kind == "hidden"
 
 
 class GgufBackend(Backend):
@@ -102,18 +116,44 @@ def _load(request: LoadRequest) -> LoadedModel:
         llama_cpp.llama_model_free(model)  # and with it the adapter
         raise
     pool = ThreadPoolExecutor(plan.threads) if plan.threads > 1 else None
-    return _describe(_Handle(path, model, context, plan, LlamaBatch(plan.n_batch), pool))
+    handle = _Handle(path, model, context, plan, LlamaBatch(plan.n_batch), pool)
+    if REFERENCE_ROWS in request.columns:
+        handle.kept = _kept(handle)
+    if request.reference is not None:
+        handle.reference = NumpyReference(request.reference)
+    return _describe(handle)
+
+
+def _kept(handle: _Handle) -> ReferenceHead:
+    """How the distributions are kept, found out on a few tokens."""
+    llama_cpp = _llama.engine()
+    vocab_size = _vocab_size(handle)
+    head = hidden_head(handle.path, vocab_size)
+    if head is not None:
+        handle.kept = head
+        llama_cpp.llama_set_embeddings(handle.context, True)
+        ids_1T = (np.arange(8) % vocab_size)[None]
+        hidden_Nd, logits_NV = _decoded(handle, ids_1T, 0, 0)
+        if hidden_Nd is not None and gives_again(head, hidden_Nd, logits_NV):
+            return head
+        llama_cpp.llama_set_embeddings(handle.context, False)
+    return logits_head(vocab_size)
 
 
 def _score(handle: _Handle, batch: Batch) -> Scores:
     columns = {column.name: column.dtype for column in COLUMNS}
-    scores: Scores = {name: np.empty(batch.shape, columns[name]) for name in batch.columns}
+    scores: Scores = {name: np.empty(batch.shape, columns[name]) for name in batch.columns if name in columns}
+    if REFERENCE_ROWS in batch.columns and handle.kept is not None:
+        width, dtype = handle.kept.row_shape
+        scores[REFERENCE_ROWS] = np.empty((*batch.shape, width), dtype)
+    beside = None if handle.reference is None else batch.inputs.get(REFERENCE)
     n_windows, n_targets = batch.shape
     if n_targets:
         for row in range(0, n_windows, handle.plan.batch_windows):
             rows = slice(row, row + handle.plan.batch_windows)
             out = {name: column[rows] for name, column in scores.items()}
-            _score_windows(handle, batch.ids_BT[rows], batch.first_target - 1, out)
+            kept = None if beside is None else beside[rows]
+            _score_windows(handle, batch.ids_BT[rows], batch.first_target - 1, out, kept)
     return scores
 
 
@@ -200,6 +240,7 @@ def _describe(handle: _Handle) -> LoadedModel:
             "llama.cpp": f"{llama_cpp.llama_version().decode()} ({' '.join(features)})",
         },
         notes=notes,
+        reference_head=handle.kept,
     )
 
 
@@ -210,26 +251,69 @@ def _device(plan: Plan) -> str:
     return ", ".join(names) or "cpu"
 
 
-def _score_windows(handle: _Handle, ids_BT: Ids, start: int, out: Scores) -> None:
+def _score_windows(
+    handle: _Handle, ids_BT: Ids, start: int, out: Scores, beside_BRw: Packed | None = None
+) -> None:
     """Score up to batch_windows rows into `out`, [B, R]; `start` is the first position with logits."""
     llama_cpp = _llama.engine()
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(handle.context), True)
     n_rows, n_tokens = ids_BT.shape
-    n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(handle.model))
     for first, end in pairwise(_piece_bounds(n_tokens - 1, handle.plan)):
-        _llama.LOG.clear()
-        status = llama_cpp.llama_decode(handle.context, handle.batch.fill(ids_BT[:, first:end], first, start))
-        if status != 0:
-            raise _decode_failure(handle, status)
+        hidden_Nd, logits_NV = _decoded(handle, ids_BT[:, first:end], first, start)
         scored = max(first, start)
         if scored >= end:
             continue
-        shape_NV = (n_rows * (end - scored), n_vocab)
-        logits_NV = np.ctypeslib.as_array(llama_cpp.llama_get_logits(handle.context), shape_NV)
+        targets = slice(scored - start, end - start)
         targets_N = ids_BT[:, scored + 1 : end + 1].ravel()
-        found = score_rows(logits_NV, targets_N, tuple(out), handle.pool, handle.plan.threads)
+        reference_NV = None
+        if beside_BRw is not None and handle.reference is not None:
+            kept = beside_BRw[:, targets]
+            reference_NV = handle.reference.logits(kept.reshape(-1, kept.shape[-1]))
+        columns = [name for name in out if name != REFERENCE_ROWS]
+        found = score_rows(logits_NV, targets_N, columns, handle.pool, handle.plan.threads, reference_NV)
         for name, column in found.items():
-            out[name][:, scored - start : end - start] = column.reshape(n_rows, -1)
+            out[name][:, targets] = column.reshape(n_rows, -1)
+        if REFERENCE_ROWS in out and handle.kept is not None:
+            rows = pack(handle.kept, logits_NV if hidden_Nd is None else hidden_Nd)
+            out[REFERENCE_ROWS][:, targets] = rows.reshape(n_rows, -1, rows.shape[-1])
+
+
+def _decoded(
+    handle: _Handle, ids_BP: Ids, first: int, start: int
+) -> tuple[NDArray[np.float32] | None, NDArray[np.float32]]:
+    """Run positions first.. of each row.
+
+    Returns:
+        Hidden states [N, d], where they are shown, and logits [N, V] of the positions from `start` on, row
+        after row; both as llama.cpp wrote them, until its next call.
+    """
+    llama_cpp = _llama.engine()
+    n_rows, n_positions = ids_BP.shape
+    _llama.LOG.clear()
+    wanted_from = 0 if handle.shows_hidden else start
+    status = llama_cpp.llama_decode(handle.context, handle.batch.fill(ids_BP, first, wanted_from))
+    if status != 0:
+        raise _decode_failure(handle, status)
+    n_out = first + n_positions - max(first, wanted_from)
+    if n_out <= 0:
+        return None, np.empty((0, 0), np.float32)
+    scored = slice(max(0, start - max(first, wanted_from)), None)
+
+    def seen(pointer: Any, width: int) -> NDArray[np.float32]:
+        every = np.ctypeslib.as_array(pointer, (n_rows, n_out, width))[:, scored]
+        rows: NDArray[np.float32] = every.reshape(-1, width)
+        return rows
+
+    logits_NV = seen(llama_cpp.llama_get_logits(handle.context), _vocab_size(handle))
+    if not handle.shows_hidden:
+        return None, logits_NV
+    width = llama_cpp.llama_model_n_embd(handle.model)
+    return seen(llama_cpp.llama_get_embeddings(handle.context), width), logits_NV
+
+
+def _vocab_size(handle: _Handle) -> int:
+    llama_cpp = _llama.engine()
+    return int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(handle.model)))
 
 
 def _piece_bounds(n_positions: int, plan: Plan) -> list[int]:

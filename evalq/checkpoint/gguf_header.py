@@ -11,7 +11,7 @@ import os
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,12 +30,13 @@ _SPLIT = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor: its type's name ("Q4_K"), dimensions (fastest first) and bytes."""
+    """One tensor: its type's name ("Q4_K"), dimensions (fastest first), bytes, and where they start."""
 
     name: str
     type_name: str
     shape: tuple[int, ...]
     bytes: int
+    offset: int
 
     @property
     def numel(self) -> int:
@@ -278,7 +279,8 @@ def _read(cursor: _Cursor) -> GgufHeader:
         raise corrupt(cursor.path, f"general.alignment is {clipped(str(alignment))}, not a power of two")
     data_start = -(-cursor.position // alignment) * alignment
     _require_data(cursor, described, alignment, data_start)
-    return GgufHeader(metadata, array_lengths, tuple(tensor for tensor, _ in described))
+    placed = tuple(replace(tensor, offset=data_start + tensor.offset) for tensor in described)
+    return GgufHeader(metadata, array_lengths, placed)
 
 
 def _read_value(cursor: _Cursor, key: str, metadata: dict[str, Any], array_lengths: dict[str, int]) -> None:
@@ -308,8 +310,8 @@ def _read_value(cursor: _Cursor, key: str, metadata: dict[str, Any], array_lengt
         raise corrupt(cursor.path, f"{what} has the unknown type {kind}")
 
 
-def _read_tensor(cursor: _Cursor) -> tuple[GgufTensor, int]:
-    """One tensor description and its offset in the data section."""
+def _read_tensor(cursor: _Cursor) -> GgufTensor:
+    """One tensor description; its offset counts from the start of the data section."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     name = cursor.text("a tensor's name", _NAME_BYTES_MAX)
@@ -331,24 +333,22 @@ def _read_tensor(cursor: _Cursor) -> tuple[GgufTensor, int]:
     columns = shape[0] if shape else 1
     if columns % block_weights:
         raise corrupt(cursor.path, f"{what}: rows of {columns} weights are no whole {kind.name} blocks")
-    tensor = GgufTensor(name, kind.name, shape, numel // block_weights * block_bytes)
-    return tensor, cursor.number("Q", what)
+    size = numel // block_weights * block_bytes
+    return GgufTensor(name, kind.name, shape, size, cursor.number("Q", what))
 
 
-def _require_data(
-    cursor: _Cursor, described: list[tuple[GgufTensor, int]], alignment: int, data_start: int
-) -> None:
+def _require_data(cursor: _Cursor, described: list[GgufTensor], alignment: int, data_start: int) -> None:
     """Check that every tensor lies inside the file, aligned, once, and overlaps no other."""
     names: set[str] = set()
     end = 0
-    for tensor, offset in sorted(described, key=lambda item: (item[1], item[0].bytes)):
+    for tensor in sorted(described, key=lambda tensor: (tensor.offset, tensor.bytes)):
         what = f'the tensor "{clipped(tensor.name)}"'
         if tensor.name in names:
             raise corrupt(cursor.path, f"{what} stands twice")
         names.add(tensor.name)
-        if offset % alignment or offset < end:
+        if tensor.offset % alignment or tensor.offset < end:
             raise corrupt(cursor.path, f"{what} overlaps its neighbour or is not aligned")
-        end = offset + tensor.bytes
+        end = tensor.offset + tensor.bytes
         if data_start + end > cursor.size:
             raise corrupt(
                 cursor.path,
