@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from evalq.engine.columns import (
     ACCEPTANCE,
     ARGMAX,
+    KEPT_MASS,
     KLD,
     KLD_BOUND,
     LOGPROB,
@@ -402,6 +403,11 @@ PAIR_METRICS: tuple[PairMetric, ...] = (
         "a lower bound of the mean KL divergence, from the reference's most probable tokens and one bucket "
         "for the rest; another quantity than KLD",
         header="KLD bound", digits=5, mine=(KLD_BOUND.name,), with_kld=True,
+    ),
+    PairMetric(
+        "kept_mass", (), _mean(_column(KEPT_MASS.name), LOGIT), "",
+        "the reference's probability of the tokens behind KLD bound", header="mass kept", digits=2,
+        share=True, mine=(KLD_BOUND.name, KEPT_MASS.name), with_kld=True,
     ),
 )  # fmt: skip
 

@@ -120,14 +120,16 @@ class AgainstReference(_Measured):
 
     @property
     def significant(self) -> bool:
-        """Whether the 95% interval of the difference leaves zero out; False without an error.
+        """Whether the 95% interval of the difference leaves zero out; False without an error."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
-        Records of evalq 0.1 have no interval; there it is two standard errors to both sides.
-        """
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% interval of ln_ratio; of records of evalq 0.1 two standard errors to both sides."""
         found, error = self.metrics["ln_ratio"].interval, self.ln_ratio_stderr
-        if found is not None:
-            return not found[0] <= 0 <= found[1]
-        return error is not None and abs(self.ln_ratio) > 2 * error
+        if found is None and error is not None:
+            return self.ln_ratio - 2 * error, self.ln_ratio + 2 * error
+        return found
 
 
 class ModelFacts(_Frozen):

@@ -179,10 +179,10 @@ def test_only_what_is_known_is_computed_and_the_bound_is_apart() -> None:
     of_logprob = set(compare(plain))
     assert {"ln_ratio", "recovery", "delta_p_rms", "ln_correlation", "delta_p_p99_9"} <= of_logprob
     assert not [name for name in of_logprob if name.startswith(("kld", "same_top", "acceptance", "tokens"))]
-    bound = Pair(
-        {"logprob": pair.mine["logprob"], "kld_bound": pair.mine["kld"]}, pair.reference, pair.cluster_of
-    )
-    found = compare(bound)
+    mine = {"logprob": pair.mine["logprob"], "kld_bound": pair.mine["kld"]}
+    mine |= {"kept_mass": pair.mine["acceptance"]}
+    found = compare(Pair(mine, pair.reference, pair.cluster_of))
+    assert found["kept_mass"].value == pytest.approx(mine["kept_mass"].astype(np.float64).mean())
     assert found["kld_bound"].value == pytest.approx(pair.mine["kld"].astype(np.float64).mean())
     assert [name for name in found if name.startswith("kld")] == ["kld_bound"]
 
@@ -236,7 +236,7 @@ def test_rows_have_names_of_their_own_and_say_what_they_are() -> None:
     assert len(ROWS) == len(PAIR_METRICS)
     assert all(row.help and "{" not in row.help for row in PAIR_METRICS)
     shown = [row.name for row in PAIR_METRICS if row.header]
-    assert shown == ["kld", "kld_p99_9", "same_top", "acceptance", "kld_bound"]
+    assert shown == ["kld", "kld_p99_9", "same_top", "acceptance", "kld_bound", "kept_mass"]
     assert all(ROWS[name].with_kld for name in shown)
 
 
