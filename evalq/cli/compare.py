@@ -303,8 +303,11 @@ def _write(arguments: argparse.Namespace, records: "Sequence[ResultRecord]") -> 
     from evalq.files import write_atomic
     from evalq.show import table
 
-    markdown = partial(table.markdown, kld=arguments.kld or arguments.noise_floor)
-    renderers = {"--json": table.as_json, "--csv": table.as_csv, "--markdown": markdown}
+    renderers: dict[str, Callable[[Sequence[ResultRecord]], str]] = {
+        "--json": table.as_json,
+        "--csv": table.as_csv,
+        "--markdown": partial(table.markdown, kld=arguments.kld or arguments.noise_floor),
+    }
     for flag, name in _files(arguments):
         if flag not in renderers:
             continue

@@ -263,10 +263,8 @@ class ResultRecord(_Measured):
 
         None without a reference or an error.
         """
-        per_unit = self._tokens_per_unit
-        found = (
-            None if self.against_reference is None else self.against_reference.metrics["ln_ratio"].interval
-        )
+        against, per_unit = self.against_reference, self._tokens_per_unit
+        found = None if against is None else against.interval
         if found is None or per_unit is None:
             return None
         return exp(per_unit * found[0]) - 1, exp(per_unit * found[1]) - 1
