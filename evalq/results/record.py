@@ -194,6 +194,8 @@ class ResultRecord(_Measured):
     @model_validator(mode="before")
     @classmethod
     def _from_plain(cls, given: Any) -> Any:
+        if isinstance(given, Mapping):
+            given = {k: v for k, v in given.items() if k != "verdict"}  # of --json, made anew
         return cls.gather(given, FLAT)
 
     @model_serializer(mode="wrap")

@@ -1,5 +1,6 @@
 """Verdicts, matrices and resolutions as people see them."""
 
+import json
 import re
 
 import numpy as np
@@ -128,7 +129,11 @@ def test_json_and_csv_hold_everything_in_any_case() -> None:
     assert (row["kld"], row["kld_stderr"], row["kld_low"], row["kld_high"]) == (
         "0.01234", "0.00056", "0.0112", "0.0136",
     )  # fmt: skip
-    assert '"kld_p99_9": {' in table.as_json(records)
+    assert row["verdict"] == "worse by 1.0 to 2.0 %"
+    first, second = json.loads(table.as_json(records))
+    assert (first["verdict"], second["verdict"]) == (None, "worse by 1.0 to 2.0 %")
+    assert second["against_reference"]["metrics"]["kld_p99_9"]["high"] == 1.5
+    assert [ResultRecord.model_validate(one) for one in (first, second)] == records
 
 
 @pytest.mark.parametrize(
