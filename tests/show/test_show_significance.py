@@ -158,3 +158,9 @@ def test_windows_that_a_resolution_takes(found: Resolution | None, said: str) ->
 def test_records_of_0_1_have_two_standard_errors_instead_of_an_interval() -> None:
     text, _ = shown([record("BF16"), record("INT4", against_reference=against("BF16", 0.01, 0.002))])
     assert "INT4: worse by 0.60 to 1.41 %" in text
+
+
+def test_an_error_of_0_1_that_is_a_lower_bound_still_says_so() -> None:
+    bound, whole = record("old", ppl_stderr_is_lower_bound=True), record("new")
+    out = terminal(lambda console: table.print_table([bound, whole], console), 160)
+    assert "≥0.123" in out and out.count("≥") == 1
