@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     add_store(parser)
     parser.add_argument("--json", action="store_true", help="the records as a list")
+    parser.add_argument("--kld", action="store_true", help="KL divergence too, where it is stored")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(table.as_json([record for group in compared for record in group]))
         return 0
     for group in compared:
-        table.print_table(group, console)
+        table.print_table(group, console, arguments.kld)
         console.print()
     if others:
         _print_unfinished(others, console)
