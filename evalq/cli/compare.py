@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -251,7 +252,7 @@ def _print(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", err
 
     taken = any(name == "-" for _, name in _files(arguments))
     if not arguments.quiet:
-        table.print_table(records, errors if taken else output())
+        table.print_table(records, errors if taken else output(), arguments.kld)
     else:
         for record in records:
             if record.error:
@@ -295,7 +296,11 @@ def _write(arguments: argparse.Namespace, records: "Sequence[ResultRecord]") -> 
     from evalq.files import write_atomic
     from evalq.show import table
 
-    renderers = {"--json": table.as_json, "--csv": table.as_csv, "--markdown": table.markdown}
+    renderers: dict[str, Callable[[Sequence[ResultRecord]], str]] = {
+        "--json": table.as_json,
+        "--csv": table.as_csv,
+        "--markdown": partial(table.markdown, kld=arguments.kld),
+    }
     for flag, name in _files(arguments):
         if flag not in renderers:
             continue
