@@ -3,15 +3,28 @@
 Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server/
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 
 import numpy as np
 
 from evalq.backends._server_client import Client, NotOffered
-from evalq.backends._server_scores import WAYS, Answer, Ids, ModelCard, ModelList, Version, Way, parsed
+from evalq.backends._server_scores import (
+    TOP_IDS,
+    TOP_LOGPROBS,
+    WAYS,
+    Answer,
+    Ids,
+    ModelCard,
+    ModelList,
+    Version,
+    Way,
+    asking_for,
+    parsed,
+)
 from evalq.backends._vllm_scores import Row
+from evalq.engine.columns import KEPT_MASS, KLD_BOUND, REFERENCE_LOGPROB
 from evalq.errors import ModelError
 
 # Any ids will do: the first question is whether there is an answer.
@@ -19,6 +32,7 @@ PROBE_IDS = np.arange(1, 5, dtype=np.int64)
 LIST_BYTES_MAX = 2**20
 # About a hundred bytes of JSON per token are usual; the text of a token may be long.
 BYTES_PER_TOKEN = 2048
+BYTES_PER_ENTRY = 512
 UNKNOWN_VERSION = "the server does not tell its version: a result is not told apart from another version's"
 
 
@@ -62,7 +76,27 @@ def find_served(client: Client) -> Served:
     notes = [] if version or fingerprint else [UNKNOWN_VERSION]
     if card.parent is not None:
         notes.append(f"the server puts the adapter {client.shown(card.id)} on {client.shown(card.parent)}")
+    columns = tuple(name for name in columns if name not in (TOP_IDS, TOP_LOGPROBS))
     return Served(card.id, frozenset(names), card, way, columns, fingerprint, versions, tuple(notes))
+
+
+def with_top(client: Client, served: Served, top_k: int) -> Served:
+    """The same model, asked for its most probable tokens too. Raises ModelError where that is too many."""
+    way = asking_for(served.way, top_k)
+    try:
+        _ask(client, way, served.name, PROBE_IDS, 0, Event())
+    except NotOffered as error:
+        raise ModelError(
+            f"the server gives no {top_k} most probable tokens of a position: {error.message}",
+            "bad_option",
+            f'start vLLM with --max-logprobs {top_k}, or set "top_k" lower in the options',
+        ) from None
+    columns = (*served.columns, KLD_BOUND.name, KEPT_MASS.name, REFERENCE_LOGPROB.name)
+    note = (
+        f"KL divergence is a lower bound: the server's {top_k} most probable tokens each for itself, "
+        "all others as one"
+    )
+    return replace(served, way=way, columns=columns, notes=(*served.notes, note))
 
 
 def score(client: Client, served: Served, ids_T: Ids, start: int, stop: Event) -> Row:
@@ -98,7 +132,8 @@ def _ask(client: Client, way: Way, model: str, ids_T: Ids, start: int, stop: Eve
     url = f"{client.settings.base_url}/completions"
     ids = ids_T.tolist()
     body = {"model": model, "prompt": ids, "temperature": 0, **way.asks}
-    content = client.post(url, body, BYTES_PER_TOKEN * (len(ids) + 32), stop)
+    entries = 1 + max(int(way.asks.get(name) or 0) for name in ("prompt_logprobs", "logprobs"))
+    content = client.post(url, body, (BYTES_PER_TOKEN + BYTES_PER_ENTRY * entries) * (len(ids) + 32), stop)
     answer = parsed(Answer, content, url)
     if len(answer.choices) != 1:
         raise ModelError(f"the server returned {len(answer.choices)} choices, not 1", "engine_error")

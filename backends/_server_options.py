@@ -19,6 +19,13 @@ OPTIONS = {
     "base_url": Option((str,), "where the server listens, http://127.0.0.1:8000/v1 (required)", numeric=True),
     "model": Option((str,), "the server's name for it (default: the only model it lists)", numeric=True),
     "api_key_env": Option((str,), "NAME, in capitals, of the environment variable that holds the API key"),
+    "top_k": Option(
+        (int,),
+        "with --kld: the model's most probable tokens that a lower bound is taken from (default 20, which "
+        "vLLM allows unless started with --max-logprobs)",
+        numeric=True,
+        minimum=1,
+    ),
     "max_in_flight": Option((int,), "windows at the server at once (default 8)"),
     "timeout_seconds": Option((int, float), "longest wait for one answer (default 300)"),
     "retries": Option(
@@ -26,6 +33,7 @@ OPTIONS = {
     ),
 }
 IN_FLIGHT = 8
+TOP_K = 20
 TIMEOUT_SECONDS = 300
 RETRIES = 8
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")

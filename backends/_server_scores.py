@@ -12,7 +12,7 @@ Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server/
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -97,6 +97,10 @@ def parsed(kind: type[_M], content: bytes, url: str) -> _M:
         raise NotOffered(message, "engine_error") from None
 
 
+# Beside a window's columns: ids and log-probabilities of the most probable tokens, [R, K].
+TOP_IDS, TOP_LOGPROBS = "top_ids", "top_logprobs"
+
+
 @dataclass(frozen=True)
 class Way:
     """How to ask for a prompt's log-probabilities.
@@ -129,9 +133,10 @@ def from_prompt_logprobs(choice: Choice, ids_T: Ids, start: int) -> Row:
                 raise _missing(at)
             entries.append(element[token])
     logprob = _checked([entry.logprob for entry in entries], ids_T, start)
+    top = _top([{i: entry.logprob for i, entry in (element or {}).items()} for element in found[start + 1 :]])
     if any(entry.rank is None for entry in entries):
-        return {LOGPROB.name: logprob, TOP1_BOUND.name: logprob > LN_HALF}
-    return {LOGPROB.name: logprob, TOP1.name: np.array([entry.rank == 1 for entry in entries], bool)}
+        return {LOGPROB.name: logprob, TOP1_BOUND.name: logprob > LN_HALF} | top
+    return {LOGPROB.name: logprob, TOP1.name: np.array([entry.rank == 1 for entry in entries], bool)} | top
 
 
 def from_echo(choice: Choice, ids_T: Ids, start: int) -> Row:
@@ -150,6 +155,7 @@ def from_echo(choice: Choice, ids_T: Ids, start: int) -> Row:
     _check_count(min(len(found.tokens), len(found.token_logprobs), len(ids_T)), len(ids_T))
     logprobs: list[float] = []
     best: list[float] = []
+    top: list[dict[int, float]] = []
     for at, token in enumerate(ids_T.tolist()):
         if found.tokens[at] != f"token_id:{token}":
             raise _other_token(found.tokens[at], token, at)
@@ -161,10 +167,11 @@ def from_echo(choice: Choice, ids_T: Ids, start: int) -> Row:
         others = found.top_logprobs[at] if found.top_logprobs and at < len(found.top_logprobs) else None
         if others:
             best.append(max(others.values()))
+        top.append(_by_id(others or {}) | {int(ids_T[at]): value})
     logprob = _checked(logprobs, ids_T, start)
     if len(best) < len(logprobs):
-        return {LOGPROB.name: logprob, TOP1_BOUND.name: logprob > LN_HALF}
-    return {LOGPROB.name: logprob, TOP1.name: np.asarray(logprobs) >= np.asarray(best)}
+        return {LOGPROB.name: logprob, TOP1_BOUND.name: logprob > LN_HALF} | _top(top)
+    return {LOGPROB.name: logprob, TOP1.name: np.asarray(logprobs) >= np.asarray(best)} | _top(top)
 
 
 WAYS = (
@@ -179,6 +186,29 @@ WAYS = (
         from_echo,
     ),
 )
+
+
+def asking_for(way: Way, top_k: int) -> Way:
+    """The same way, with the most probable tokens of each position."""
+    parameter = "prompt_logprobs" if "prompt_logprobs" in way.asks else "logprobs"
+    return replace(way, asks=way.asks | {parameter: top_k})
+
+
+def _by_id(tokens: dict[str, float]) -> dict[int, float]:
+    """Those of "token_id:N" that are whole numbers."""
+    pairs = ((name.removeprefix("token_id:"), value) for name, value in tokens.items())
+    return {int(name): value for name, value in pairs if name.isdecimal() and len(name) < 10}
+
+
+def _top(found: list[dict[int, float]]) -> Row:
+    """Ids, -1 where a position has fewer than others, and log-probabilities."""
+    width = max(map(len, found), default=0)
+    ids = np.full((len(found), width), -1, np.int64)
+    logprobs = np.full((len(found), width), np.nan)
+    for row, tokens in enumerate(found):
+        ids[row, : len(tokens)] = list(tokens)
+        logprobs[row, : len(tokens)] = list(tokens.values())
+    return {TOP_IDS: ids, TOP_LOGPROBS: np.where(logprobs <= MINUS_INFINITY, -np.inf, logprobs)}
 
 
 def _check_count(n_found: int, n_tokens: int) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from evalq.backends._hf_noise import LayerNoise
 from evalq.backends._hf_predict import GPU_BATCH_TOKENS, HEAD_CHUNK_MIB, predict
 from evalq.backends._tokenize import tokenize_fn
 from evalq.backends._torch_reference import (
@@ -33,6 +34,7 @@ from evalq.backends._torch_reference import (
 from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, score_rows, to_arrays
 from evalq.checkpoint.adapter import FEATURES, Adapter
 from evalq.engine.backend import (
+    LAYER_NOISE,
     Backend,
     Batch,
     LoadedModel,
@@ -63,6 +65,12 @@ OPTIONS = {
     ),
     "quantize_activations": Option(
         (bool,), "where the format asks for it (default true); false runs its weights alone", numeric=True
+    ),
+    LAYER_NOISE: Option(
+        (int, float),
+        "multiply every layer's output by 1 + this * normal, one window at a time (default 0: as it is)",
+        numeric=True,
+        minimum=0,
     ),
     "batch_windows": Option(
         (int,), "windows per forward (default: 1 on a CPU, up to 8192 tokens on a GPU)", minimum=1
@@ -155,18 +163,23 @@ def _load(request: LoadRequest) -> LoadedModel:
     vocab_size = int(head.weight.shape[0]) if hasattr(head, "weight") else int(_text_config(model).vocab_size)
     chunk_bytes = options.get("head_chunk_mib", HEAD_CHUNK_MIB) * MIB // request.divide_work
     handle = _Handle(model, _body_of(model), head, max(1, chunk_bytes // (4 * vocab_size)))
+    noise = options.get(LAYER_NOISE, 0)
+    if noise:
+        LayerNoise(handle.body or model, int(_text_config(model).num_hidden_layers), noise)
+        notes.append(f"every layer's output is multiplied by 1 + {noise:g} * normal")
     if REFERENCE_ROWS in request.columns:
         handle.kept = _kept(handle, request.path, vocab_size)
     if request.reference is not None:
         handle.reference = TorchReference(request.reference, first)
         notes += reference_notes(handle.reference)
+    at_once = 1 if on_cpu or noise else max(1, GPU_BATCH_TOKENS // inputs)
     return LoadedModel(
         handle=handle,
         vocab_size=vocab_size,
         max_positions=getattr(_text_config(model), "max_position_embeddings", None),
         device=str(first) if on_cpu else f"{first} {_gpu_name(first)}",
         dtype=str(model.dtype).removeprefix("torch."),
-        batch_windows=options.get("batch_windows", 1 if on_cpu else max(1, GPU_BATCH_TOKENS // inputs)),
+        batch_windows=options.get("batch_windows", at_once),
         tokenize=tokenize_fn(request, load_tokenizer),
         peak_memory_bytes=peak_memory_fn(first),
         versions=_versions(on_cpu),

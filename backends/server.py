@@ -19,12 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evalq.backends._server_client import Client
-from evalq.backends._server_contact import Served, find_served, score, serves_elsewhere
-from evalq.backends._server_options import OPTIONS, read_settings
+from evalq.backends._server_contact import Served, find_served, score, serves_elsewhere, with_top
+from evalq.backends._server_options import OPTIONS, TOP_K, read_settings
+from evalq.backends._server_scores import TOP_IDS, TOP_LOGPROBS
 from evalq.backends._vllm_scores import Row
 from evalq.checkpoint.headers import Checkpoint, open_checkpoint
 from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Scores
-from evalq.engine.columns import LOGPROB, TOP1, TOP1_BOUND
+from evalq.engine.bound import bound, logprobs_of
+from evalq.engine.columns import (
+    KEPT_MASS,
+    KLD,
+    KLD_BOUND,
+    LOGPROB,
+    REFERENCE,
+    REFERENCE_LOGPROB,
+    TOP1,
+    TOP1_BOUND,
+)
+from evalq.engine.reference import NumpyReference, Packed
 from evalq.engine.registry import backend, tokenizer_backend
 from evalq.errors import ModelError
 
@@ -35,6 +47,7 @@ class _Handle:
 
     client: Client
     served: Served
+    reference: NumpyReference | None = None
 
 
 class ServerBackend(Backend):
@@ -44,7 +57,7 @@ class ServerBackend(Backend):
     distributions = ("httpx2",)
     install = 'pip install "evalq[server]"'
     options = OPTIONS
-    columns = (LOGPROB, TOP1, TOP1_BOUND)
+    columns = (LOGPROB, TOP1, TOP1_BOUND, KLD, KLD_BOUND, KEPT_MASS, REFERENCE_LOGPROB)
 
     def load(self, request: LoadRequest) -> LoadedModel:
         """Find the model at the server; can it score windows of this length? Raises ModelError."""
@@ -82,6 +95,8 @@ def _load(request: LoadRequest) -> LoadedModel:
     try:
         with client.keeping_key():
             served = _checked(client, request)
+            if request.reference is not None:
+                served = with_top(client, served, request.options.get("top_k", TOP_K))
     except Exception:
         client.close()
         raise
@@ -90,8 +105,9 @@ def _load(request: LoadRequest) -> LoadedModel:
     if root is not None and serves_elsewhere(root, request.path):
         said = client.shown(root, 300)
         notes.append(f'the server says that it serves "{said}"; the bits are those of {request.path.name}')
+    reference = None if request.reference is None else NumpyReference(request.reference)
     return LoadedModel(
-        handle=_Handle(client, served),
+        handle=_Handle(client, served, reference),
         vocab_size=checkpoint.vocab_size or request.token_ids_max + 1,
         max_positions=None,
         device=f"server {client.settings.host}",
@@ -136,10 +152,27 @@ def _scored(handle: _Handle, batches: Iterable[Batch]) -> Iterator[Scores]:
                 return
             batch, futures = waiting.popleft()
             rows = [future.result() for future in futures]
+            if handle.reference is not None and REFERENCE in batch.inputs:
+                kept, targets = batch.inputs[REFERENCE], batch.targets_BR
+                rows = [
+                    row | _beside(handle.reference, *one, row)
+                    for row, *one in zip(rows, kept, targets, strict=True)
+                ]
             yield {column: np.stack([_column(row, column) for row in rows]) for column in batch.columns}
     finally:
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _beside(reference: NumpyReference, kept_Rw: Packed, targets_R: NDArray[np.int64], row: Row) -> Row:
+    """What the most probable tokens of a window say of its divergence from the reference."""
+    logits_RV = reference.logits(kept_Rw)
+    found = bound(logprobs_of(logits_RV, row[TOP_IDS]), row[TOP_LOGPROBS])
+    return {
+        KLD_BOUND.name: found.kld.astype(np.float32),
+        KEPT_MASS.name: found.mass.astype(np.float32),
+        REFERENCE_LOGPROB.name: logprobs_of(logits_RV, targets_R[:, None])[:, 0].astype(np.float32),
+    }
 
 
 def _column(row: Row, name: str) -> NDArray[Any]:

@@ -121,6 +121,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="KL divergence from the reference, over the whole vocabulary (docs/divergence.md)",
     )
     how.add_argument(
+        "--noise-floor",
+        action="store_true",
+        help="--kld, and the reference once more with every layer's output times (1 + 2**-9 normal): "
+        "what rounding alone may do",
+    )
+    how.add_argument(
         "--reference-max-gb",
         type=positive,
         default=50.0,
@@ -166,7 +172,8 @@ def run(arguments: argparse.Namespace) -> int:
         clear_cache=arguments.clear_cache,
         try_anyway=arguments.try_anyway,
         reference=arguments.reference,
-        kld=arguments.kld,
+        kld=arguments.kld or arguments.noise_floor,
+        noise_floor=arguments.noise_floor,
         reference_most_bytes=int(arguments.reference_max_gb * 10**9),
     )
     with ConsoleReporter(errors, len(specs), arguments.quiet) as reporter:

@@ -31,6 +31,8 @@ from evalq.engine.columns import DEFAULT_COLUMNS, LOGPROB, TOP1, Column
 from evalq.engine.reference import ReferenceHead
 from evalq.errors import ModelError
 
+# The option of engines that can put noise into every layer, for a noise floor.
+LAYER_NOISE = "layer_noise"
 Ids = NDArray[np.int64]
 Scores = dict[str, NDArray[Any]]  # column name -> [B, R]
 

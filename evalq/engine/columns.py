@@ -40,6 +40,9 @@ KLD_BOUND = Column(
     "kld_bound", "float32", "a lower bound of kld, from a part of the vocabulary", (REFERENCE,)
 )
 KLD = Column("kld", "float32", "sum p (ln p - ln q), nats", (REFERENCE,), KLD_BOUND.name)
+KEPT_MASS = Column(
+    "kept_mass", "float32", "the reference's probability of the tokens behind kld_bound", (REFERENCE,)
+)
 # Tells whether the reference's distributions are made again as they were.
 REFERENCE_LOGPROB = Column(
     "reference_logprob", "float32", "ln P(token) by the reference, made again, nats", (REFERENCE,)
@@ -52,4 +55,4 @@ REFERENCE_ROWS = "reference_rows"
 DEFAULT_COLUMNS = (LOGPROB.name, TOP1.name)
 # What a comparison with KL divergence asks of every model, and of those beside the reference.
 DISTRIBUTION_COLUMNS = (ENTROPY.name, ARGMAX.name, MAX_PROB.name)
-DIVERGENCE_COLUMNS = (KLD.name, ACCEPTANCE.name, REFERENCE_LOGPROB.name)
+DIVERGENCE_COLUMNS = (KLD.name, ACCEPTANCE.name, REFERENCE_LOGPROB.name, KEPT_MASS.name)

@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from evalq.data.windows import Window, WindowPlan
-from evalq.engine.columns import DIVERGENCE_COLUMNS, KLD_BOUND, REFERENCE
+from evalq.engine.columns import DIVERGENCE_COLUMNS, KEPT_MASS, KLD_BOUND, REFERENCE
 from evalq.engine.reference import Packed, ReferenceHead
 from evalq.errors import ModelError, StoreError
 from evalq.files import read_json, write_atomic, write_json
 
-_BESIDE = (*DIVERGENCE_COLUMNS, KLD_BOUND.name)
+_BESIDE = (*DIVERGENCE_COLUMNS, KLD_BOUND.name, KEPT_MASS.name)
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError)
 # Left free on the disk, for the results beside the reference.
 _SPARE_BYTES = 2**28

@@ -1,14 +1,18 @@
 """What a comparison asks of each model, the reference and the others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evalq.engine.backend import LAYER_NOISE
 from evalq.engine.columns import DISTRIBUTION_COLUMNS, DIVERGENCE_COLUMNS
+from evalq.engine.registry import resolve_engine
 from evalq.results.kept import KeptReference, stored_name
 from evalq.results.record import ResultRecord
+from evalq.results.reference import Reference
 from evalq.results.store import Store, family_of
 from evalq.run.prepare_data import PreparedData
+from evalq.run.prepare_model import PreparedModel, Unprepared, prepare
 from evalq.run.process import RunSettings
 
 
@@ -45,6 +49,34 @@ def asked_of_others(settings: RunSettings, kept: KeptReference | None) -> Asked:
         return Asked(settings.columns)
     columns = (*settings.columns, *DISTRIBUTION_COLUMNS)
     return Asked(columns if kept is None else (*columns, *DIVERGENCE_COLUMNS), kept=kept)
+
+
+NOISE = 2.0**-9
+
+
+def noisy_reference(
+    models: Sequence[PreparedModel | Unprepared],
+    reference: Reference | None,
+    store: Store,
+    settings: RunSettings,
+    say: Callable[[str], None],
+) -> list[PreparedModel | Unprepared]:
+    """The reference once more, with noise in its layers; nothing, and why, where its engine has none."""
+    spec = next((m.spec for m in models if reference and m.spec.plain_label == reference.label), None)
+    if spec is None:
+        say("no noise floor: there is no reference")
+        return []
+    engine = resolve_engine(spec)
+    if LAYER_NOISE not in engine.loader.options:
+        say(f"no noise floor: {engine.load} puts no noise into layers; a reference in hf does")
+        return []
+    changes = {
+        "label": f"{spec.plain_label} noise floor",
+        "options": {**spec.options, LAYER_NOISE: NOISE},
+        "reference": False,
+        "out_logits": None,
+    }
+    return [prepare(spec.model_copy(update=changes), store, settings.offline)]
 
 
 def kept_reference(

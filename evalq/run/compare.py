@@ -18,7 +18,13 @@ from evalq.results.floor import with_floors
 from evalq.results.record import ResultRecord
 from evalq.results.reference import Candidate, Reference, choose, with_reference
 from evalq.results.store import ResultDir, Store, family_of, key_of
-from evalq.run.beside import Asked, asked_of_others, asked_of_reference, kept_reference
+from evalq.run.beside import (
+    Asked,
+    asked_of_others,
+    asked_of_reference,
+    kept_reference,
+    noisy_reference,
+)
 from evalq.run.checks import check_positions
 from evalq.run.job import LoraJob, ScoreJob
 from evalq.run.outcome import failed_record, remembered_record, scored_record
@@ -69,6 +75,8 @@ def compare(
     text = load_text(data_spec, store.texts, settings.offline)
     models = [prepare(spec, store, settings.offline) for spec in specs]
     reference = choose([_candidate(model) for model in models], settings.reference)
+    if settings.noise_floor:
+        models += noisy_reference(models, reference, store, settings, reporter.status)
     chosen = choose_tokenizer(data_spec, models, store, settings.offline)
     data = tokenized(data_spec, text, chosen, store, settings, reporter.status)
     first = None if reference is None else reference.label

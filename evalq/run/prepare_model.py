@@ -14,6 +14,7 @@ from evalq.checkpoint.bits import StorageReport
 from evalq.checkpoint.fingerprint import Fingerprint, fingerprint
 from evalq.checkpoint.headers import Checkpoint, open_checkpoint
 from evalq.checkpoint.locate import ModelFiles, locate, locate_adapter
+from evalq.engine.backend import LAYER_NOISE
 from evalq.engine.interpreters import versions
 from evalq.engine.registry import Engine, resolve_engine
 from evalq.errors import ModelError
@@ -56,7 +57,7 @@ class PreparedModel:
         facts: what a record says of it.
         identity: what the model's part of a result depends on.
         legacy_identity: the same as evalq 0.1 wrote it.
-        derived: made out of another checkpoint, or with an adapter on top.
+        derived: made out of another checkpoint, with an adapter on top, or with noise in its layers.
         adapter: on top of it, or None.
     """
 
@@ -132,7 +133,7 @@ def _prepare(spec: ModelSpec, store: Store, offline: bool) -> PreparedModel:
         facts=_facts(files, checkpoint),
         identity=identity,
         legacy_identity=legacy,
-        derived=adapter is not None or checkpoint.provenance is not None,
+        derived=adapter is not None or checkpoint.provenance is not None or LAYER_NOISE in spec.options,
         adapter=adapter,
     )
 

@@ -40,6 +40,7 @@ class RunSettings:
         reference: label of the model that the others are compared with; None for the rule.
         columns: names of the per-token columns wanted; the first one is required.
         kld: compare whole distributions with the reference's.
+        noise_floor: score the reference once more with noise in its layers.
         reference_most_bytes: the most that the reference's rows may take in the store.
     """
 
@@ -50,6 +51,7 @@ class RunSettings:
     reference: str | None = None
     columns: tuple[str, ...] = DEFAULT_COLUMNS
     kld: bool = False
+    noise_floor: bool = False
     reference_most_bytes: int = 50 * 10**9
 
 
