@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evalq.engine.backend import LAYER_NOISE
 from evalq.engine.columns import KLD
 from evalq.results.estimate import Estimate
 from evalq.results.record import Floor, ResultRecord
 from evalq.results.reference import UNQUANTIZED_BPW
-
-NOISE_OPTION = "layer_noise"
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def engine_of(record: ResultRecord) -> str:
 
 def is_noise(record: ResultRecord) -> bool:
     """Whether it is the reference with noise on every layer."""
-    return bool(_all_options(record).get(NOISE_OPTION))
+    return bool(_all_options(record).get(LAYER_NOISE))
 
 
 def _makes_floor(record: ResultRecord) -> bool:
@@ -130,7 +129,7 @@ def _value(record: ResultRecord) -> float:
 
 def _options(record: ResultRecord) -> dict[str, Any]:
     """The numeric options, without the noise."""
-    return {name: value for name, value in _all_options(record).items() if name != NOISE_OPTION}
+    return {name: value for name, value in _all_options(record).items() if name != LAYER_NOISE}
 
 
 def _all_options(record: ResultRecord) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def _line(found: EngineFloor, reference: str) -> str:
     if floor is None:
         why = "no unquantized model ran in it"
         if found.is_references:
-            why = "it is the reference's own engine, where --noise-floor measures one"
+            why = "it is the reference's own engine; --noise-floor measures it where the engine can (hf)"
         return f"floor of {found.engine} is unknown: {why}"
     value = estimate(floor.kld.value, floor.kld.stderr, _KLD_DIGITS)
     how = f"{floor.label} against {reference}"
