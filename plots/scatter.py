@@ -44,7 +44,8 @@ def draw(records: Sequence[ResultRecord], options: ChartOptions) -> Figure:
     with quiet_glyphs():
         page, low, high = _page(records, chosen, options, series)
         _add_axes(page, (low, high), _scales(chosen))
-        _name_axes(page, X_LABELS[options.x], options.y_label or _y_label(chosen))
+        y_labels = _y_labels(chosen) if options.y_label is None else [options.y_label]
+        _name_axes(page, X_LABELS[options.x], y_labels)
         _draw_levels(page, series)
         for floor in chosen.floors:
             color = _floor_color(floor, series, page.look)
@@ -119,16 +120,25 @@ def _add_axes(page: Page, rows: tuple[float, float], scales: tuple[Scale, Scale]
         spine.set(color=look.spine, linewidth=0.7)
 
 
-def _y_label(chosen: Selection) -> str:
-    if chosen.quantity is KLD:
-        return f"mean KL divergence from {printable(chosen.against or 'the reference', 40)} (nats per token)"
-    return f"perplexity per {chosen.per}"
+def _y_labels(chosen: Selection) -> list[str]:
+    """What the y axis may be called, the longest first."""
+    if chosen.quantity is not KLD:
+        return [f"perplexity per {chosen.per}"]
+    reference = printable(chosen.against or "the reference", 60)
+    unit = "(nats per token)"
+    return [
+        f"mean KL divergence from {reference} {unit}", f"mean KLD from {reference} {unit}",
+        f"mean KL divergence {unit}", f"mean KLD {unit}",
+    ]  # fmt: skip
 
 
-def _name_axes(page: Page, x_label: str, y_label: str) -> None:
+def _name_axes(page: Page, x_label: str, y_labels: list[str]) -> None:
+    """Both names; of several for y the first that fits, else the last as far as it does."""
     x0, y0, x1, y1 = page.axes_box()
     size, ink = style.AXIS_LABEL_PT, page.look.ink
-    y_label = page.shorten(printable(y_label, 300), y1 - y0, size)
+    named = [printable(label, 300) for label in y_labels]
+    fitting = [label for label in named if page.measure(label, size)[0] <= y1 - y0]
+    y_label = page.shorten((fitting or named[-1:])[0], y1 - y0, size)
     page.text((x0 + x1) / 2, y0 - style.TICK_PT - 8 - size, x_label, size, ink, ha="center")
     page.text(
         MARGIN_PT + 0.8 * size, (y0 + y1) / 2, y_label, size, ink,
@@ -173,8 +183,11 @@ def _floor_color(floor: FloorLine, series: list[Series], look: style.Theme) -> s
 
 
 def _tags(page: Page, series: list[Series], floors: list[FloorLine]) -> list[Tag]:
-    """What stands beside each point, and at the right end of floors and of levels without a point."""
-    tags, look, right = [], page.look, page.axes.get_xlim()[1]
+    """What stands beside each point, at the right end of levels without one, at the left end of floors.
+
+    Curves of KL divergence fall to the right, so there is room at the left end.
+    """
+    tags, look, (left, right) = [], page.look, page.axes.get_xlim()
     for one in series:
         for p in one.points:
             tags.append(Tag(p.name, p.value, style.legible(p.color or one.color, look), (p.x, p.y)))
@@ -183,7 +196,7 @@ def _tags(page: Page, series: list[Series], floors: list[FloorLine]) -> list[Tag
             tags.append(Tag(name, p.value, style.legible(p.color or one.color, look), (right, p.y)))
     for floor in floors:
         color = style.legible(_floor_color(floor, series, look), look)
-        tags.append(Tag(floor.name, floor.value, color, (right, floor.y)))
+        tags.append(Tag(floor.name, "", color, (left, floor.y)))
     return tags
 
 

@@ -102,13 +102,11 @@ class FloorLine:
     Args:
         name: what stands at the line.
         y: nats per token, above 0.
-        value: y as the chart writes it.
         group: the only series of this engine, whose colour the line takes; None where there are several.
     """
 
     name: str
     y: float
-    value: str
     group: str | None
 
 
@@ -154,7 +152,8 @@ class Selection:
         beyond: "label (x, y)" of every model outside max_x or max_y.
         levels: models with a line outside max_x only, whose perplexity is still worth it.
         floors: of engines, where KL divergence is drawn.
-        floors_apart: in words, floors that are unknown or too far below the points to be drawn.
+        floors_unknown: engines whose floor is not known.
+        floors_below: engine and floor, where that is too far below the points to be drawn.
         per: "token" or "word".
         stderr_is_lower_bound: of any point.
         against: the run's reference, None without one; bars of perplexities are of the difference to it.
@@ -168,7 +167,8 @@ class Selection:
     beyond: list[str] = field(default_factory=list)
     levels: list[Point] = field(default_factory=list)
     floors: list[FloorLine] = field(default_factory=list)
-    floors_apart: list[str] = field(default_factory=list)
+    floors_unknown: list[str] = field(default_factory=list)
+    floors_below: list[str] = field(default_factory=list)
     per: str = "token"
     stderr_is_lower_bound: bool = False
     against: str | None = None
@@ -240,17 +240,16 @@ def _add_floors(records: Sequence[ResultRecord], found: Selection) -> None:
     for one in floors(records):
         engine = printable(one.engine, NAME_CHARACTERS)
         if one.floor is None:
-            found.floors_apart.append(f"{engine} unknown")
+            found.floors_unknown.append(engine)
             continue
         y = one.floor.kld.value
-        value = found.quantity.number(y)
+        name = f"{engine} ({printable(one.floor.label, NAME_CHARACTERS)}) {found.quantity.number(y)}"
         if not lowest / FLOOR_DEPTH <= y <= LARGEST_Y:
-            found.floors_apart.append(f"{engine} {value}")
+            found.floors_below.append(name)
             continue
-        name = f"floor: {engine} ({printable(one.floor.label, NAME_CHARACTERS)})"
         groups = {_group(r) for r in records if engine_of(r) == one.engine and r.label != one.floor.label}
         drawn = groups & {point.group for point in found.points}
-        found.floors.append(FloorLine(name, y, value, drawn.pop() if len(drawn) == 1 else None))
+        found.floors.append(FloorLine(f"floor: {name}", y, drawn.pop() if len(drawn) == 1 else None))
 
 
 def _quantized_reference(records: Sequence[ResultRecord]) -> str | None:

@@ -43,7 +43,8 @@ def write_footer(page: Page, chosen: Selection) -> float:
             f"reference: {printable(chosen.quantized_reference, 60)}, which is not an unquantized model"
         )
     for lead, pieces, most in (
-        ("floors that are not drawn: ", chosen.floors_apart, 2),
+        ("floor unknown: ", chosen.floors_unknown, 1),
+        ("floors far below the axes: ", chosen.floors_below, 2),
         ("beyond the axes: ", chosen.beyond, 2),
         ("not drawn: ", chosen.failed, 3),
     ):
