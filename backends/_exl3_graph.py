@@ -30,19 +30,20 @@ class Replay:
     Args:
         graph: what is replayed.
         hidden_BTH: its input, the embedded tokens.
-        targets_R: its other input, the ids to score.
+        others: its other inputs, [R, ...]: the ids to score, rows of the reference.
         scores: its outputs by column, overwritten by every replay.
     """
 
     graph: Any
     hidden_BTH: Any
-    targets_R: Any
+    others: tuple[Any, ...]
     scores: Tensors
 
-    def run(self, embedded_BTH: Any, targets_R: Any) -> Tensors:
+    def run(self, embedded_BTH: Any, *others: Any) -> Tensors:
         """Scores of another batch of the same shape."""
         self.hidden_BTH.copy_(embedded_BTH)
-        self.targets_R.copy_(targets_R)
+        for held, other in zip(self.others, others, strict=True):
+            held.copy_(other)
         self.graph.replay()
         return {name: column.clone() for name, column in self.scores.items()}
 
@@ -68,27 +69,27 @@ def recordable(model: Any, modules: list[Any], params: dict[str, Any]) -> bool:
     )
 
 
-def record(step: Callable[[Any, Any], Tensors], embedded_BTH: Any, targets_R: Any, device: Any) -> Replay:
+def record(step: Callable[..., Tensors], embedded_BTH: Any, others: tuple[Any, ...], device: Any) -> Replay:
     """Record one forward.
 
     Args:
-        step: embedded tokens, targets -> scores; may overwrite its first argument.
+        step: embedded tokens, other inputs -> scores; may overwrite its first argument.
         embedded_BTH: of a first batch, on any device.
-        targets_R: its targets, on `device`.
+        others: its other inputs, on `device`.
         device: of the body.
 
     Raises:
         RuntimeError: something in the forward cannot be recorded.
     """
     hidden = embedded_BTH.to(device, copy=True)
-    targets = targets_R.clone()
+    held = tuple(other.clone() for other in others)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        step(hidden, targets)  # whatever is set up at a stream's first use cannot be recorded
+        step(hidden, *held)  # whatever is set up at a stream's first use cannot be recorded
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()  # the graph's own memory takes the place of what single launches used
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        scores = step(hidden, targets)
-    return Replay(graph, hidden, targets, scores)
+        scores = step(hidden, *held)
+    return Replay(graph, hidden, held, scores)

@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from evalq.backends._torch_divergence import COLUMNS as BESIDE
-from evalq.backends._torch_reference import RowKeeper, TorchReference, logits_of
+from evalq.backends._torch_reference import RowKeeper, TorchReference, logits_of, rows_of
 from evalq.backends._torch_scores import score_rows
-from evalq.engine.backend import Batch
+from evalq.engine.backend import Batch, reading_ahead
 from evalq.engine.columns import REFERENCE_ROWS
 from evalq.engine.reference import ReferenceHead
 
@@ -33,7 +32,6 @@ ATTENTION = "flash_attn_nc"  # exllamav3's name for attention without a cache
 # Columns of the head that are unpacked at once, so that a large vocabulary is never a dense matrix.
 HEAD_SLICE_MIB = 12
 MIB = 2**20
-_HIDDEN = "hidden"  # of a graph's outputs
 
 
 @dataclass
@@ -70,10 +68,6 @@ class Handle:
     kept: ReferenceHead | None = None
     reference: TorchReference | None = None
 
-    def head_apart(self, columns: tuple[str, ...]) -> bool:
-        """Whether a graph ends before the head: what stands beside it comes from outside."""
-        return REFERENCE_ROWS in columns or bool({*columns} & {column.name for column in BESIDE})
-
 
 # What batches must share to be one graph: B, T, the first target, the columns.
 _Kind = tuple[int, int, int, tuple[str, ...]]
@@ -92,19 +86,23 @@ def resident(handle: Handle, batches: list[Batch]) -> Iterator[dict[str, Any]]:
     import torch
 
     common, n_common = Counter(map(_kind, batches)).most_common(1)[0]
-    for batch in batches:
+    for batch in reading_ahead(batches):
         kind = _kind(batch)
         with torch.inference_mode():
             if handle.replay is not None and kind == handle.replayed_kind:
                 embedded = _embedded(handle, batch, {"attn_mode": ATTENTION})
-                outputs = handle.replay.run(embedded, _targets(batch))
-                scores = _scores(handle, outputs, batch)
+                scores = handle.replay.run(embedded, *_others(handle, batch))
             else:
                 # forward() writes into the dictionary: a fresh one for every call.
                 hidden = handle.model.forward(_inputs(batch), {"attn_mode": ATTENTION})
                 scores = head_scores(handle, _scored_rows(hidden, batch), batch)
                 del hidden
-                if handle.use_graph and kind == common and n_common >= GRAPH_BATCHES_MIN:
+                if (
+                    handle.use_graph
+                    and _in_graph(handle, batch)
+                    and kind == common
+                    and n_common >= GRAPH_BATCHES_MIN
+                ):
                     torch.cuda.synchronize()
                     began = time.perf_counter()
                     handle.replay = None  # at most one takes memory
@@ -123,28 +121,25 @@ def _recorded(handle: Handle, batch: Batch, scores: dict[str, Any]) -> Any:
     params = {"attn_mode": ATTENTION}
     embedded = _embedded(handle, batch, params)
     device = handle.body[-1].device
-    targets_R = _targets(batch).to(device)
+    others = tuple(other.to(device) for other in _others(handle, batch))
     whole = handle.model.fwd_modules
 
-    def step(hidden_BTH: Any, targets_R: Any) -> dict[str, Any]:
+    def step(hidden_BTH: Any, *others: Any) -> dict[str, Any]:
         hidden_BTH = handle.model.forward_ls(hidden_BTH, {"attn_mode": ATTENTION})
-        rows_RH = _scored_rows(hidden_BTH, batch)
-        if handle.head_apart(batch.columns):
-            return {_HIDDEN: rows_RH}
-        return head_scores(handle, rows_RH, batch, targets_R)
+        return head_scores(handle, _scored_rows(hidden_BTH, batch), batch, others)
 
     handle.use_graph = recordable(handle.model, [*handle.body, handle.head], params)
     if not handle.use_graph:
         return None
     handle.model.fwd_modules = whole[1:]
     try:
-        replay = record(step, embedded, targets_R, handle.body[-1].device)
-        again = _scores(handle, replay.run(embedded, targets_R), batch)
+        replay = record(step, embedded, others, handle.body[-1].device)
+        again = replay.run(embedded, *others)
         # Two NaN are no difference: what is not finite is reported with the scores.
         difference = max(
             float((again[name].float() - scores[name].float()).abs().nan_to_num(nan=0.0).max())
             for name in scores
-            if name != REFERENCE_ROWS and scores[name].is_floating_point()
+            if scores[name].is_floating_point()
         )
         problem = f"it changes scores by {difference:.3f} nats" if difference > DIFFERENCE_MAX_NATS else ""
     except RuntimeError as error:
@@ -230,9 +225,17 @@ def _scored_rows(hidden_BTH: Any, batch: Batch) -> Any:
     return hidden_BTH[:, batch.first_target - 1 : batch.ids_BT.shape[1] - 1].flatten(0, 1).contiguous()
 
 
-def _scores(handle: Handle, outputs: dict[str, Any], batch: Batch) -> dict[str, Any]:
-    """What a graph gave, with what it left to the head outside of it."""
-    return head_scores(handle, outputs[_HIDDEN], batch) if _HIDDEN in outputs else outputs
+def _in_graph(handle: Handle, batch: Batch) -> bool:
+    """Whether everything about a batch can happen on the GPU: rows that are kept leave it."""
+    reference = handle.reference
+    on_gpu = reference is None or (reference.head.kind == "hidden" and not reference.streamed)
+    return on_gpu and REFERENCE_ROWS not in batch.columns
+
+
+def _others(handle: Handle, batch: Batch) -> tuple[Any, ...]:
+    """What a batch needs beside its embedded tokens: targets [R], rows of the reference [R, d]."""
+    rows_Rd = rows_of(handle.reference, batch)
+    return (_targets(batch),) if rows_Rd is None else (_targets(batch), rows_Rd)
 
 
 def head_logits(handle: Handle, rows_RH: Any) -> Any:
@@ -243,11 +246,17 @@ def head_logits(handle: Handle, rows_RH: Any) -> Any:
     return logits[:, : handle.vocab_size]
 
 
-def head_scores(handle: Handle, rows_RH: Any, batch: Batch, targets_R: Any = None) -> dict[str, Any]:
-    """Columns of each target, tensors [R] on the GPU; beside them what is kept of the batch, if anything."""
+def head_scores(
+    handle: Handle, rows_RH: Any, batch: Batch, others: tuple[Any, ...] | None = None
+) -> dict[str, Any]:
+    """Columns of each target, tensors [R] on the GPU; beside them what is kept of the batch, if anything.
+
+    `others` are the inputs of a graph that stand for those of the batch.
+    """
     import torch
 
-    targets_R = _targets(batch).to(rows_RH.device) if targets_R is None else targets_R
+    targets_R, *reference_rows = _others(handle, batch) if others is None else others
+    targets_R = targets_R.to(rows_RH.device)
     keeper = RowKeeper(handle.kept) if REFERENCE_ROWS in batch.columns else None
     n_rows = len(targets_R)
     kept_RH = rows_RH
@@ -261,7 +270,7 @@ def head_scores(handle: Handle, rows_RH: Any, batch: Batch, targets_R: Any = Non
             handle.chunk_rows,
             batch.columns,
             len(rows_RH),
-            logits_of(handle.reference, batch),
+            logits_of(handle.reference, *reference_rows) if reference_rows else None,
             None if keeper is None else keeper.keep_logits,
         )
     if keeper is not None:

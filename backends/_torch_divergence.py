@@ -32,8 +32,8 @@ def compare_rows(
     """Columns of each row, written into `out`; both tensors are overwritten.
 
     Args:
-        logits_RV: float32, of the model.
-        reference_RV: of the reference, in any floating-point type. Its V may differ: the first columns of
+        logits_RV: of the model, in any floating-point type.
+        reference_RV: of the reference, likewise. Its V may differ: the first columns of
             both are the same tokens, and what only one has is left out of KLD and acceptance.
         targets_R: int64.
         columns: names of COLUMNS and of what a model says alone.
@@ -45,7 +45,7 @@ def compare_rows(
         for name in set(out) & set(found):
             out[name].copy_(found[name])
         return
-    reference_RV = reference_RV.float()
+    logits_RV, reference_RV = logits_RV.float(), reference_RV.float()
     at_once = n_rows if logits_RV.is_cuda else max(1, _CACHE_BYTES // (8 * n_vocab))
     for first in range(0, n_rows, at_once):
         rows = slice(first, first + at_once)

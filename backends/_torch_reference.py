@@ -58,13 +58,19 @@ class RowKeeper:
         return found.reshape(*shape, -1)
 
 
-def logits_of(reference: "TorchReference | None", batch: Batch) -> Callable[[slice], Any] | None:
-    """Rows of a batch -> logits of the reference; None where the batch is not compared."""
+def rows_of(reference: "TorchReference | None", batch: Batch) -> Any:
+    """The reference's rows of a batch, ready for its logits; None where the batch is not compared."""
     kept = batch.inputs.get(REFERENCE)
     if reference is None or kept is None:
         return None
-    rows = kept.reshape(-1, kept.shape[-1])
-    return lambda part: reference.logits(rows[part])
+    return reference.rows(kept.reshape(-1, kept.shape[-1]))
+
+
+def logits_of(reference: "TorchReference | None", rows_R: Any) -> Callable[[slice], Any] | None:
+    """Some of rows_of() -> logits of the reference; None without any."""
+    if reference is None or rows_R is None:
+        return None
+    return lambda part: reference.logits(rows_R[part])
 
 
 def reference_notes(reference: "TorchReference") -> list[str]:
@@ -141,14 +147,26 @@ class TorchReference:
         """Whether the head is brought to the device in blocks each time."""
         return self.head.weight is not None and self._weight_Vd is None
 
-    def logits(self, packed_R: Packed) -> Any:
-        """Logits of kept rows, [R, V], in the type that the reference's head gives; a tensor of its own."""
+    def rows(self, packed_R: Packed) -> Any:
+        """Kept rows ready for logits(): on the device, but for kept logits, which may not fit there."""
+        import torch
+
+        if self.head.kind == "logits":
+            return packed_R
+        if self.head.dtype == "float32":
+            rows = torch.from_numpy(unpack_float32(packed_R))
+        else:
+            dtype = getattr(torch, self.head.dtype)
+            rows = torch.from_numpy(np.ascontiguousarray(packed_R).view(np.int16)).view(dtype)
+        return rows.to(self.device)
+
+    def logits(self, rows_Rd: Any) -> Any:
+        """Logits of some of rows(), [R, V], in the type that the head gives; a tensor of its own."""
         import torch
 
         head = self.head
         if head.kind == "logits":
-            return torch.from_numpy(unpack_logits(packed_R)).to(self.device)
-        rows_Rd = self._rows(packed_R)
+            return torch.from_numpy(unpack_logits(rows_Rd)).to(self.device)
         if self._weight_Vd is not None:
             return self._finished(self._product(rows_Rd, self._weight_Vd))
         assert head.weight is not None
@@ -157,16 +175,6 @@ class TorchReference:
             weight = _block(head.weight, some, rows_Rd.dtype).to(self.device)
             logits_RV[:, some] = self._finished(self._product(rows_Rd, weight))
         return logits_RV[:, : head.vocab_size]
-
-    def _rows(self, packed_R: Packed) -> Any:
-        import torch
-
-        if self.head.dtype == "float32":
-            rows = torch.from_numpy(unpack_float32(packed_R))
-        else:
-            dtype = getattr(torch, self.head.dtype)
-            rows = torch.from_numpy(np.ascontiguousarray(packed_R).view(np.int16)).view(dtype)
-        return rows.to(self.device)
 
     def _product(self, rows_Rd: Any, weight_Vd: Any) -> Any:
         """As the reference's engine multiplied: rounded to its data type, or not."""

@@ -31,12 +31,12 @@ def score_rows(
     """Columns of each row's target, tensors [R] on the targets' device.
 
     Args:
-        logits_of: rows -> float32 logits [rows, V], a tensor of its own that is overwritten here.
+        logits_of: rows -> logits [rows, V], a tensor of its own that may be overwritten here.
         targets_R: int64 [R].
         chunk_rows: rows of logits to make at once.
         columns: names of COLUMNS.
         n_rows: rows that there are, R or more: what is above R is padding, and not scored.
-        reference_of: rows -> the reference's float32 logits, for columns beside it.
+        reference_of: rows -> the reference's logits, for columns beside it.
         keep: is given the logits of each chunk in turn, before they are overwritten.
     """
     import torch
@@ -60,6 +60,7 @@ def score_rows(
             rows_of_out = {name: column[part] for name, column in found.items()}
             _torch_divergence.compare_rows(logits, reference_of(part), targets, columns, rows_of_out)
             continue
+        logits = logits.float()
         best = logits.max(dim=-1)
         logits.sub_(best.values[:, None])
         own = logits.gather(-1, targets[:, None])[:, 0]

@@ -23,7 +23,16 @@ from evalq.backends import _llama
 from evalq.backends._llama_batch import COLUMNS, LlamaBatch, score_rows
 from evalq.backends._llama_plan import OPTIONS, Plan, context_params, make_plan, model_params
 from evalq.backends._llama_reference import gives_again, hidden_head, logits_head, pack
-from evalq.engine.backend import Backend, Batch, Ids, LoadedModel, LoadRequest, Scores, Tokenizer
+from evalq.engine.backend import (
+    Backend,
+    Batch,
+    Ids,
+    LoadedModel,
+    LoadRequest,
+    Scores,
+    Tokenizer,
+    reading_ahead,
+)
 from evalq.engine.columns import REFERENCE, REFERENCE_ROWS
 from evalq.engine.reference import NumpyReference, Packed, ReferenceHead
 from evalq.errors import ModelError
@@ -73,7 +82,7 @@ class GgufBackend(Backend):
         Raises:
             ModelError: oom_forward, or engine_error in llama.cpp's own words.
         """
-        for batch in batches:
+        for batch in reading_ahead(batches):
             yield _score(model.handle, batch)
 
     def close(self, model: LoadedModel) -> None:

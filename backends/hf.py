@@ -30,6 +30,7 @@ from evalq.backends._torch_reference import (
     find_weight,
     logits_of,
     reference_notes,
+    rows_of,
 )
 from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, score_rows, to_arrays
 from evalq.checkpoint.adapter import FEATURES, Adapter
@@ -44,6 +45,7 @@ from evalq.engine.backend import (
     Prediction,
     Scores,
     Tokenizer,
+    reading_ahead,
 )
 from evalq.engine.columns import REFERENCE_ROWS
 from evalq.engine.reference import ReferenceHead
@@ -121,7 +123,7 @@ class HfBackend(Backend):
 
     def score(self, model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
         """Batch by batch."""
-        for batch in batches:
+        for batch in reading_ahead(batches):
             yield _score(model.handle, batch)
 
     def close(self, model: LoadedModel) -> None:
@@ -209,7 +211,7 @@ def _score(handle: "_Handle", batch: Batch) -> Scores:
             targets.to(rows.device),
             handle.chunk_rows,
             batch.columns,
-            reference_of=logits_of(handle.reference, batch),
+            reference_of=logits_of(handle.reference, rows_of(handle.reference, batch)),
             keep=None if keeper is None else keeper.keep_logits,
         )
         scores = to_arrays(found, batch.shape)
@@ -219,10 +221,8 @@ def _score(handle: "_Handle", batch: Batch) -> Scores:
 
 
 def _logits(handle: "_Handle", rows_RH: Any) -> Any:
-    """Float32 logits of hidden states, or the rows themselves where they are logits already."""
-    if handle.body is None:
-        return rows_RH.float()
-    return _finish(handle.model, handle.head(rows_RH)).float()
+    """Logits of hidden states, or the rows themselves where they are logits already, [R, V]."""
+    return rows_RH.clone() if handle.body is None else _finish(handle.model, handle.head(rows_RH))
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:

@@ -175,6 +175,14 @@ class LoadedModel:
     reference_head: ReferenceHead | None = None
 
 
+class Inputs(Mapping[str, NDArray[Any]]):
+    """What columns of a batch need beside its ids, read when it is asked for."""
+
+    def prefetch(self) -> None:
+        """Start to read it, for a batch that is scored next."""
+        return
+
+
 @dataclass(frozen=True)
 class Batch:
     """Windows of one length that are scored from the same position.
@@ -202,6 +210,18 @@ class Batch:
         """(B, R): of every array of scores."""
         n_windows, n_targets = self.targets_BR.shape
         return n_windows, n_targets
+
+
+def reading_ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches; while one is scored, what the next one needs is read."""
+    left = iter(batches)
+    current = next(left, None)
+    while current is not None:
+        following = next(left, None)
+        if following is not None and isinstance(following.inputs, Inputs):
+            following.inputs.prefetch()
+        yield current
+        current = following
 
 
 class Tokenizer(ABC):

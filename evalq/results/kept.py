@@ -10,7 +10,7 @@ that is cut short, or was made for another head, counts as not there.
 import contextlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from evalq.data.windows import Window, WindowPlan
+from evalq.engine.backend import Inputs
 from evalq.engine.columns import DIVERGENCE_COLUMNS, KEPT_MASS, KLD_BOUND, REFERENCE
 from evalq.engine.reference import Packed, ReferenceHead
 from evalq.errors import ModelError, StoreError
@@ -45,25 +46,13 @@ def plain_columns(columns: Mapping[str, Any], family: str | None) -> dict[str, A
     return found
 
 
-@dataclass(frozen=True)
-class KeptWindow:
-    """What is kept of one window.
-
-    Args:
-        rows: [R, width of a row].
-        logprob: of its targets by the reference, float32 [R].
-    """
-
-    rows: Packed
-    logprob: NDArray[np.float32]
-
-
 class KeptReference:
     """The folder of one reference on one token stream and protocol."""
 
     def __init__(self, path: Path) -> None:
         """`path` need not exist yet; its name is the family's."""
         self.path = path
+        self._head: ReferenceHead | None = None
 
     @property
     def family(self) -> str:
@@ -73,16 +62,17 @@ class KeptReference:
     def head(self) -> ReferenceHead | None:
         """How a row becomes logits; None where nothing is kept."""
         try:
-            return ReferenceHead.model_validate(read_json(self.path / "head.json"))
+            self._head = ReferenceHead.model_validate(read_json(self.path / "head.json"))
         except ValueError:
-            return None
+            self._head = None
+        return self._head
 
     def there(self, plan: WindowPlan) -> NDArray[np.bool_]:
         """Which windows of a plan can be read, bool [W]."""
         head = self.head()
         if head is None:
             return np.zeros(len(plan.windows), bool)
-        return np.array([self._shape(window, head) is not None for window in plan.windows], bool)
+        return np.array([self._holds(window, head) for window in plan.windows], bool)
 
     def begin(self, head: ReferenceHead, plan: WindowPlan, most_bytes: int | None) -> None:
         """Make ready for a plan's rows: forget those of another head, look for room on the disk.
@@ -114,17 +104,25 @@ class KeptReference:
 
     def write(self, window: Window, rows: Packed, logprob: NDArray[np.float32]) -> None:
         """Keep the rows of a window. Raises StoreError."""
-        head = self.head()
+        head = self._head or self.head()
         assert head is not None, "begin() comes first"
         tensors = {"rows": np.ascontiguousarray(rows), "logprob": np.asarray(logprob, np.float32)}
         write_atomic(self._file(window), save(tensors, {"head": head.digest}))
 
-    def read(self, window: Window) -> KeptWindow:
-        """The rows of a window. Raises ModelError (model_missing) where they cannot be read."""
-        head = self.head()
-        if head is not None and self._shape(window, head) is not None:
-            with contextlib.suppress(*_UNREADABLE), safe_open(self._file(window), "numpy") as file:
-                return KeptWindow(file.get_tensor("rows"), file.get_tensor("logprob"))
+    def rows(self, window: Window) -> Packed:
+        """The rows of a window, [R, width]. Raises ModelError (model_missing) where they cannot be read."""
+        return self._tensor(window, "rows")
+
+    def logprob(self, window: Window) -> NDArray[np.float32]:
+        """The reference's own log-probabilities of a window, [R]. Raises ModelError (model_missing)."""
+        return self._tensor(window, "logprob")
+
+    def _tensor(self, window: Window, name: str) -> NDArray[Any]:
+        head = self._head or self.head()
+        with contextlib.suppress(*_UNREADABLE), safe_open(self._file(window), "numpy") as file:
+            if head is not None and _fits(file, window, head):
+                found: NDArray[Any] = file.get_tensor(name)
+                return found
         raise ModelError(
             f"the reference's rows of tokens {window.start} to {window.end} cannot be read from {self.path}",
             "model_missing",
@@ -140,36 +138,49 @@ class KeptReference:
         name = f"{window.start}-{window.end}-{window.score_from}-{window.head}.safetensors"
         return self.path / name
 
-    def _shape(self, window: Window, head: ReferenceHead) -> tuple[int, ...] | None:
-        """Of the rows of a window, by its header; None where they are not those of this head."""
+    def _holds(self, window: Window, head: ReferenceHead) -> bool:
         try:
             with safe_open(self._file(window), "numpy") as file:
-                if (file.metadata() or {}).get("head") != head.digest:
-                    return None
-                shape = tuple(file.get_slice("rows").get_shape())
-                same = tuple(file.get_slice("logprob").get_shape()) == shape[:1]
+                return _fits(file, window, head)
         except _UNREADABLE:
-            return None
-        return shape if same and shape == (window.n_targets, head.row_shape[0]) else None
+            return False
 
 
-class KeptInputs(Mapping[str, NDArray[Any]]):
+def _fits(file: Any, window: Window, head: ReferenceHead) -> bool:
+    """Whether an open file holds the rows of a window for this head, by its header."""
+    if (file.metadata() or {}).get("head") != head.digest:
+        return False
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in ("rows", "logprob")}
+    return shapes == {"rows": (window.n_targets, head.row_shape[0]), "logprob": (window.n_targets,)}
+
+
+# Reads what the next batch needs while one is scored.
+_READER = ThreadPoolExecutor(1, "evalq-reference")
+
+
+class KeptInputs(Inputs):
     """What a batch needs of the reference, read when it is asked for: all batches at once may not fit."""
 
     def __init__(self, kept: KeptReference, windows: tuple[Window, ...]) -> None:
         """Of these windows, in this order, all with the same number of targets."""
         self._kept = kept
         self._windows = windows
+        self._coming: Future[Packed] | None = None
+
+    def prefetch(self) -> None:
+        """Start to read the rows."""
+        self._coming = self._coming or _READER.submit(self._rows)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Rows of the reference, [B, R, width]. Raises KeyError, ModelError (model_missing)."""
         if name != REFERENCE:
             raise KeyError(name)
-        return np.stack([self._kept.read(window).rows for window in self._windows])
+        coming, self._coming = self._coming, None
+        return self._rows() if coming is None else coming.result()
 
     def logprob(self) -> NDArray[np.float32]:
         """Log-probabilities of the reference when it was scored, [B, R]. Raises ModelError."""
-        return np.stack([self._kept.read(window).logprob for window in self._windows])
+        return np.stack([self._kept.logprob(window) for window in self._windows])
 
     def __iter__(self) -> Iterator[str]:
         """The one input there is."""
@@ -178,3 +189,7 @@ class KeptInputs(Mapping[str, NDArray[Any]]):
     def __len__(self) -> int:
         """One."""
         return 1
+
+    def _rows(self) -> Packed:
+        rows = [self._kept.rows(window) for window in self._windows]
+        return rows[0][None] if len(rows) == 1 else np.stack(rows)
