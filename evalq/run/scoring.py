@@ -161,7 +161,9 @@ class _Beside:
             return self
         try:
             if model.reference_head is None:
-                raise ModelError("the engine does not show what its distributions are made of")
+                raise ModelError(
+                    "the engine does not show what its distributions are made of", "engine_error"
+                )
             self.keep.begin(model.reference_head, plan, self.keep_most_bytes)
         except ModelError as error:
             model.notes.append(f"no KL divergence against it: {error.message}")
