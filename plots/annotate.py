@@ -22,7 +22,7 @@ class Tag:
 
     Args:
         name: upper line, in the colour.
-        value: lower line.
+        value: lower line; "" for none.
         color: of the name; legible on the page.
         at: x and y in data coordinates.
     """
@@ -59,6 +59,8 @@ def write_tags(page: Page, tags: Sequence[Tag], segments: Floats) -> None:
 
 def _size(page: Page, tag: Tag) -> tuple[float, float]:
     name, value = _lines(page, tag)
+    if not tag.value:
+        return name[0], sum(name[1:])
     return max(name[0], value[0]), sum(name[1:]) + BETWEEN_LINES_PT + sum(value[1:])
 
 
@@ -80,7 +82,8 @@ def _write_tag(page: Page, tag: Tag, size: Floats, placement: Placement, segment
         page.veil(box)
     middle = {"ha": "center", "label": TAG}
     page.text(x, y + size[1] / 2 - name[1], tag.name, NAME_PT, tag.color, weight="bold", **middle)
-    page.text(x, y - size[1] / 2 + value[2], tag.value, VALUE_PT, page.look.muted, **middle)
+    if tag.value:
+        page.text(x, y - size[1] / 2 + value[2], tag.value, VALUE_PT, page.look.muted, **middle)
     if placement.leader:
         page.line(placement.leader, tag.color, THIN_PT, alpha=0.75, zorder=3.5)
 

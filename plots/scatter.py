@@ -1,7 +1,9 @@
-"""The chart: perplexity against bits per weight or VRAM, one point per model.
+"""The chart: perplexity or KL divergence against bits per weight or VRAM, one point per model.
 
-A dotted line joins the points of a group, a thin horizontal line marks the perplexity of each unquantized
-model and of the run's reference, bars are one standard error. Lower left is better: fewer bits and less lost.
+A dotted line joins the points of a group. With perplexities a thin horizontal line marks that of each
+unquantized model and of the run's reference, and bars are one standard error. With KL divergence the
+reference has no point, a dashed line marks each engine's floor, points at or below their floor are hollow,
+and bars are 95% intervals. Lower left is better: fewer bits and less lost.
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,8 @@ from evalq.plots.annotate import Tag, write_tags
 from evalq.plots.geometry import Floats
 from evalq.plots.output import save, show
 from evalq.plots.page import MARGIN_PT, Page, font, quiet_glyphs
-from evalq.plots.selection import LONGEST_BAR, Axis, ChartOptions, Selection, Series, printable, select
+from evalq.plots.quantity import KLD, LONGEST_BAR
+from evalq.plots.selection import Axis, ChartOptions, FloorLine, Selection, Series, printable, select
 from evalq.plots.surround import write_footer, write_header
 from evalq.plots.ticks import Scale, scale, wants_log
 from evalq.results.record import ResultRecord
@@ -21,7 +24,7 @@ from evalq.results.record import ResultRecord
 __all__ = ["Axis", "ChartOptions", "draw", "save", "show"]
 
 MIN_AXES_PT = 150.0
-TITLES = {"bpw": "Perplexity against bits per weight", "vram": "Perplexity against VRAM"}
+X_TITLES = {"bpw": "bits per weight", "vram": "VRAM"}
 X_LABELS = {"bpw": "bits per weight (layers)", "vram": "VRAM of layers + head (GiB)"}
 
 
@@ -41,11 +44,15 @@ def draw(records: Sequence[ResultRecord], options: ChartOptions) -> Figure:
     with quiet_glyphs():
         page, low, high = _page(records, chosen, options, series)
         _add_axes(page, (low, high), _scales(chosen))
-        _name_axes(page, X_LABELS[options.x], options.y_label or f"perplexity per {chosen.per}")
+        y_labels = _y_labels(chosen) if options.y_label is None else [options.y_label]
+        _name_axes(page, X_LABELS[options.x], y_labels)
         _draw_levels(page, series)
+        for floor in chosen.floors:
+            color = _floor_color(floor, series, page.look)
+            page.axes.axhline(floor.y, color=color, lw=style.FLOOR_PT, ls=style.DASHED, zorder=1.5)
         for one in series:
             _draw_series(page, one)
-        write_tags(page, _tags(page, series), _segments(page, series))
+        write_tags(page, _tags(page, series, chosen.floors), _segments(page, series, chosen.floors))
     return page.figure
 
 
@@ -63,10 +70,15 @@ def _series(chosen: Selection, look: style.Theme) -> list[Series]:
 
 def _scales(chosen: Selection) -> tuple[Scale, Scale]:
     """Axes that hold every point, its error bar and a label beside it."""
-    heights = [point.y for point in chosen.points + chosen.levels]
-    ends = [min(y, LONGEST_BAR * point.y) for point in chosen.points for y in point.bar]
+    heights = [point.y for point in chosen.points + chosen.levels] + [floor.y for floor in chosen.floors]
+    ends = [
+        min(max(y, point.y / LONGEST_BAR), LONGEST_BAR * point.y)
+        for point in chosen.points
+        for y in point.bar or ()
+    ]
     x_scale = scale([p.x for p in chosen.points], False, margins=(0.07, 0.07), smallest=0.1, n_ticks=10)
-    y_scale = scale(heights + ends, wants_log(heights), margins=(0.14, 0.12), smallest=0.01, n_ticks=7)
+    log = wants_log(heights, chosen.quantity.log_above)
+    y_scale = scale(heights + ends, log, margins=(0.14, 0.12), smallest=0.01, n_ticks=7)
     return x_scale, y_scale
 
 
@@ -74,11 +86,13 @@ def _page(
     records: Sequence[ResultRecord], chosen: Selection, options: ChartOptions, series: list[Series]
 ) -> tuple[Page, float, float]:
     """A page with everything that stands round the axes, and the room left between, points."""
-    title = TITLES[options.x] if options.title is None else options.title
+    title = options.title
+    if title is None:
+        title = f"{chosen.quantity.title} against {X_TITLES[options.x]}"
     height = options.height * 72
     while True:
         page = Page(options.width * 72, height, style.theme(options.dark))
-        high = write_header(page, records, title, [one for one in series if one.points])
+        high = write_header(page, records, title, chosen, [one for one in series if one.points])
         low = write_footer(page, chosen) + 2.6 * style.AXIS_LABEL_PT + style.TICK_PT
         if high - low >= MIN_AXES_PT:
             return page, low, high
@@ -106,10 +120,25 @@ def _add_axes(page: Page, rows: tuple[float, float], scales: tuple[Scale, Scale]
         spine.set(color=look.spine, linewidth=0.7)
 
 
-def _name_axes(page: Page, x_label: str, y_label: str) -> None:
+def _y_labels(chosen: Selection) -> list[str]:
+    """What the y axis may be called, the longest first."""
+    if chosen.quantity is not KLD:
+        return [f"perplexity per {chosen.per}"]
+    reference = printable(chosen.against or "the reference", 60)
+    unit = "(nats per token)"
+    return [
+        f"mean KL divergence from {reference} {unit}", f"mean KLD from {reference} {unit}",
+        f"mean KL divergence {unit}", f"mean KLD {unit}",
+    ]  # fmt: skip
+
+
+def _name_axes(page: Page, x_label: str, y_labels: list[str]) -> None:
+    """Both names; of several for y the first that fits, else the last as far as it does."""
     x0, y0, x1, y1 = page.axes_box()
     size, ink = style.AXIS_LABEL_PT, page.look.ink
-    y_label = page.shorten(printable(y_label, 300), y1 - y0, size)
+    named = [printable(label, 300) for label in y_labels]
+    fitting = [label for label in named if page.measure(label, size)[0] <= y1 - y0]
+    y_label = page.shorten((fitting or named[-1:])[0], y1 - y0, size)
     page.text((x0 + x1) / 2, y0 - style.TICK_PT - 8 - size, x_label, size, ink, ha="center")
     page.text(
         MARGIN_PT + 0.8 * size, (y0 + y1) / 2, y_label, size, ink,
@@ -134,30 +163,44 @@ def _draw_series(page: Page, one: Series) -> None:
         )  # fmt: skip
     for point in one.points:
         color = point.color or one.color
-        if point.y_stderr:
+        if point.bar:
             axes.plot(
                 [point.x, point.x], point.bar, color=color, lw=style.BAR_PT, alpha=0.4, zorder=2.5,
                 solid_capstyle="butt",
             )  # fmt: skip
+        face, rim, width = color, style.edge(color, look), style.EDGE_PT
+        if point.hollow:
+            face, rim, width = look.paper, style.legible(color, look, 3.0), style.HOLLOW_PT
         axes.plot(
             [point.x], [point.y], ls="none", marker=one.marker, color=color, zorder=4,
-            ms=style.marker_size(one.marker), mec=style.edge(color, look), mew=style.EDGE_PT,
+            ms=style.marker_size(one.marker), mfc=face, mec=rim, mew=width,
         )  # fmt: skip
 
 
-def _tags(page: Page, series: list[Series]) -> list[Tag]:
-    """What stands beside each point, and at the right end of levels whose point is outside the axes."""
-    tags, look, right = [], page.look, page.axes.get_xlim()[1]
+def _floor_color(floor: FloorLine, series: list[Series], look: style.Theme) -> str:
+    """The colour of the engine's only group, else none of them."""
+    return next((one.color for one in series if one.name == floor.group), look.muted)
+
+
+def _tags(page: Page, series: list[Series], floors: list[FloorLine]) -> list[Tag]:
+    """What stands beside each point, at the right end of levels without one, at the left end of floors.
+
+    Curves of KL divergence fall to the right, so there is room at the left end.
+    """
+    tags, look, (left, right) = [], page.look, page.axes.get_xlim()
     for one in series:
         for p in one.points:
             tags.append(Tag(p.name, p.value, style.legible(p.color or one.color, look), (p.x, p.y)))
         for p in one.levels:
             name = p.name if p.name == p.group else f"{p.group} {p.name}"
             tags.append(Tag(name, p.value, style.legible(p.color or one.color, look), (right, p.y)))
+    for floor in floors:
+        color = style.legible(_floor_color(floor, series, look), look)
+        tags.append(Tag(floor.name, "", color, (left, floor.y)))
     return tags
 
 
-def _segments(page: Page, series: list[Series]) -> Floats:
+def _segments(page: Page, series: list[Series], floors: list[FloorLine]) -> Floats:
     """Everything thin that labels should not cover, page points, [K, 4]."""
     left, right = page.axes.get_xlim()
     ends: list[tuple[float, float]] = []
@@ -166,8 +209,10 @@ def _segments(page: Page, series: list[Series]) -> Floats:
         for start, end in zip(places, places[1:], strict=False):
             ends += [start, end]
         for p in one.points:
-            if p.y_stderr:
+            if p.bar:
                 ends += [(p.x, y) for y in p.bar]
         for p in one.lines:
             ends += [(left, p.y), (right, p.y)]
+    for floor in floors:
+        ends += [(left, floor.y), (right, floor.y)]
     return page.from_data(ends).reshape(-1, 4)

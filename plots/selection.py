@@ -1,24 +1,28 @@
 """Which records a chart can show, as plain numbers, and why the others are left out.
 
-The y value is the protocol's own perplexity: per word for `lm-eval`, per token for every other.
+The y value is the protocol's own perplexity (per word for `lm-eval`, per token for every other), or the mean
+KL divergence from the reference.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from evalq.errors import SpecError
+from evalq.plots.quantity import KLD, QUANTITIES, Bar, Quantity, number
 from evalq.plots.style import usable
+from evalq.results.floor import at_floor, engine_of, floors, is_noise
 from evalq.results.record import ResultRecord, require_comparable
 from evalq.results.reference import UNQUANTIZED_BPW
 from evalq.show.plain import plain
 
 Axis = Literal["bpw", "vram"]
-FARTHEST = 10_000.0  # times the best perplexity: a broken model must not press the others into one line
-LARGEST_PPL = 1e12
+YAxis = Literal["ppl", "kld"]
+LARGEST_Y = 1e12
 LARGEST_X = 1e6
-LONGEST_BAR = 3.0  # times the perplexity, as far as the axis follows an error bar
+# A floor so many times below the best model is named instead of drawn: the points need the room.
+FLOOR_DEPTH = 30.0
 NAME_CHARACTERS = 32
 
 
@@ -29,8 +33,9 @@ class ChartOptions:
     Args:
         title: None for a plain description of the axes, "" for no title.
         x: "bpw" (bits per weight of the layers) or "vram" (layers + head, GiB).
+        y: "ppl" (the protocol's perplexity) or "kld" (mean KL divergence from the reference).
         max_x: models beyond it are left out and named under the axes; in units of x.
-        max_y: the same for perplexity. None leaves out what is FARTHEST times worse than the best.
+        max_y: the same for y. None leaves out perplexities FARTHEST times worse than the best.
         dark: light lines on a dark page.
         y_label: instead of "perplexity per token" (or "per word").
         width: inches.
@@ -42,6 +47,7 @@ class ChartOptions:
 
     title: str | None = None
     x: Axis = "bpw"
+    y: YAxis = "ppl"
     max_x: float | None = None
     max_y: float | None = None
     dark: bool = False
@@ -51,8 +57,9 @@ class ChartOptions:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.x not in get_args(Axis):
-            raise SpecError(f'chart: x is "{self.x}"', f"one of {', '.join(get_args(Axis))}")
+        for name, value, known in (("x", self.x, get_args(Axis)), ("y", self.y, get_args(YAxis))):
+            if value not in known:
+                raise SpecError(f'chart: {name} is "{value}"', f"one of {', '.join(known)}")
         for name, limit in (("max_x", self.max_x), ("max_y", self.max_y)):
             if limit is not None and not (math.isfinite(limit) and limit > 0):
                 raise SpecError(f"chart: {name} is {limit}", "a number above 0")
@@ -69,31 +76,38 @@ class Point:
         group: the series.
         name: the label without its group, shown beside the point.
         x: bits per weight or GiB.
-        y: perplexity.
-        y_stderr: standard error of its difference to the run's reference where there is one, else of
-            itself; None if unknown.
+        y: perplexity or KL divergence.
+        value: y as the chart writes it.
+        bar: ends of its error bar, both above 0; None if unknown.
         color: the record's own as hex, None for the group's.
         has_line: unquantized, or the run's reference: a horizontal line marks its perplexity.
+        hollow: at or below its engine's floor, so that its KL divergence says nothing.
     """
 
     group: str
     name: str
     x: float
     y: float
-    y_stderr: float | None
+    value: str
+    bar: Bar | None
     color: str | None
     has_line: bool
+    hollow: bool = False
 
-    @property
-    def bar(self) -> tuple[float, float]:
-        """Ends of the error bar; the lower one stays above 0 for a logarithmic axis."""
-        error = self.y_stderr or 0.0
-        return max(self.y - error, 0.5 * self.y), min(self.y + error, FARTHEST * self.y)
 
-    @property
-    def value(self) -> str:
-        """Perplexity as the chart writes it."""
-        return number(self.y)
+@dataclass(frozen=True)
+class FloorLine:
+    """The KL divergence that an engine shows without any quantization.
+
+    Args:
+        name: what stands at the line.
+        y: nats per token, above 0.
+        group: the only series of this engine, whose colour the line takes; None where there are several.
+    """
+
+    name: str
+    y: float
+    group: str | None
 
 
 @dataclass(frozen=True)
@@ -130,36 +144,35 @@ class Selection:
     """Records sorted into what is drawn and what is only named.
 
     Args:
+        quantity: on the y axis.
         points: in the order of the records.
         groups: group -> its own colour or None; those without a point too, so that a model that fails
             does not change the colours of the others.
         failed: "label (category)" of every model without a point.
         beyond: "label (x, y)" of every model outside max_x or max_y.
         levels: models with a line outside max_x only, whose perplexity is still worth it.
+        floors: of engines, where KL divergence is drawn.
+        floors_unknown: engines whose floor is not known.
+        floors_below: engine and floor, where that is too far below the points to be drawn.
         per: "token" or "word".
         stderr_is_lower_bound: of any point.
-        bars_against: the model that error bars are the difference to, None when they are each point's own.
+        against: the run's reference, None without one; bars of perplexities are of the difference to it.
         quantized_reference: the label of the run's reference where that is a quantized model, else None.
     """
 
-    points: list[Point]
-    groups: dict[str, str | None]
-    failed: list[str]
-    beyond: list[str]
-    levels: list[Point]
-    per: str
-    stderr_is_lower_bound: bool
-    bars_against: str | None
-    quantized_reference: str | None
-
-
-def number(value: float) -> str:
-    """A perplexity, or bits or GiB, in the fewest characters that still tell models apart."""
-    if value < 1000:
-        return f"{value:.2f}"
-    if value < 1e7:
-        return f"{value:,.0f}" if value >= 10_000 else f"{value:.0f}"
-    return f"{value:.1e}"
+    quantity: Quantity
+    points: list[Point] = field(default_factory=list)
+    groups: dict[str, str | None] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+    beyond: list[str] = field(default_factory=list)
+    levels: list[Point] = field(default_factory=list)
+    floors: list[FloorLine] = field(default_factory=list)
+    floors_unknown: list[str] = field(default_factory=list)
+    floors_below: list[str] = field(default_factory=list)
+    per: str = "token"
+    stderr_is_lower_bound: bool = False
+    against: str | None = None
+    quantized_reference: str | None = None
 
 
 def printable(text: str, longest: int) -> str:
@@ -173,33 +186,70 @@ def select(records: Sequence[ResultRecord], options: ChartOptions) -> Selection:
     """Sort records into drawn, failed and beyond the axes.
 
     Raises:
-        NotComparable: the perplexities measure different things.
+        NotComparable: the records measure different things.
         SpecError: nothing is left to draw.
     """
     if not records:
         raise SpecError("nothing to draw: no results were given", "score at least one model first")
     require_comparable(list(records))
     against = next((r.against_reference.label for r in records if r.against_reference), None)
-    quantized = _quantized_reference(records)
-    found = Selection([], {}, [], [], [], records[0].unit, False, against, quantized)
+    found = Selection(
+        QUANTITIES[options.y],
+        per=records[0].unit,
+        against=against,
+        quantized_reference=_quantized_reference(records),
+    )
+    only_lines = _labels_of_lines(records, found)
     points = []
     for record in records:
-        group = printable(record.group, NAME_CHARACTERS) or "?"
+        group = _group(record)
         found.groups[group] = found.groups.get(group) or usable(record.color)
-        reason = _missing(record, options)
+        if record.label in only_lines:
+            continue
+        reason = _missing(record, found.quantity, options)
         if reason:
             found.failed.append(f"{printable(record.label, 2 * NAME_CHARACTERS)} ({reason})")
         else:
-            points.append((record, _point(record, group, options, found)))
-    lower_bound = _sort(points, _limits(points, options), options, found)
+            points.append((record, _point(record, records, options, found)))
+    lower_bound = _sort(points, _limits(points, found.quantity, options), options, found)
     if not found.points:
-        left_out = ", ".join((found.failed + found.beyond)[:5])
+        left_out = ", ".join((found.failed + found.beyond)[:5]) or "there is nothing beside the reference"
         remedy = "see why each model failed in the table"
         if found.beyond:
-            largest = f"perplexities to {LARGEST_PPL:.0e} and {options.x} to {LARGEST_X:.0e} can be drawn"
+            what = "KL divergences" if found.quantity is KLD else "perplexities"
+            largest = f"{what} to {LARGEST_Y:.0e} and {options.x} to {LARGEST_X:.0e} can be drawn"
             remedy = largest if options.max_x is options.max_y is None else "raise max_x or max_y"
         raise SpecError(f"nothing to draw: {left_out}", remedy)
+    if found.quantity is KLD:
+        _add_floors(records, found)
     return replace(found, stderr_is_lower_bound=lower_bound)
+
+
+def _labels_of_lines(records: Sequence[ResultRecord], found: Selection) -> set[str]:
+    """Models without a point on the axis of KL divergence: the reference, which has none, and floors."""
+    if found.quantity is not KLD:
+        return set()
+    labels = {one.floor.label for one in floors(records) if one.floor is not None}
+    labels |= {r.label for r in records if is_noise(r) and r.status == "ok"}
+    return labels | {r.label for r in records if r.status == "ok" and r.label == found.against}
+
+
+def _add_floors(records: Sequence[ResultRecord], found: Selection) -> None:
+    """Lines for the floors that can be drawn, words for the others."""
+    lowest = min(point.y for point in found.points)
+    for one in floors(records):
+        engine = printable(one.engine, NAME_CHARACTERS)
+        if one.floor is None:
+            found.floors_unknown.append(engine)
+            continue
+        y = one.floor.kld.value
+        name = f"{engine} ({printable(one.floor.label, NAME_CHARACTERS)}) {found.quantity.number(y)}"
+        if not lowest / FLOOR_DEPTH <= y <= LARGEST_Y:
+            found.floors_below.append(name)
+            continue
+        groups = {_group(r) for r in records if engine_of(r) == one.engine and r.label != one.floor.label}
+        drawn = groups & {point.group for point in found.points}
+        found.floors.append(FloorLine(f"floor: {name}", y, drawn.pop() if len(drawn) == 1 else None))
 
 
 def _quantized_reference(records: Sequence[ResultRecord]) -> str | None:
@@ -214,12 +264,14 @@ def _quantized_reference(records: Sequence[ResultRecord]) -> str | None:
     return None if reference is None or _is_unquantized(reference) else reference.label
 
 
-def _limits(points: Sequence[tuple[ResultRecord, Point]], options: ChartOptions) -> tuple[float, float]:
+def _limits(
+    points: Sequence[tuple[ResultRecord, Point]], quantity: Quantity, options: ChartOptions
+) -> tuple[float, float]:
     """The largest x and y that are drawn."""
     best = min((point.y for _, point in points), default=1.0)
     max_x = math.inf if options.max_x is None else options.max_x
-    max_y = FARTHEST * best if options.max_y is None else options.max_y
-    return min(max_x, LARGEST_X), min(max_y, LARGEST_PPL)
+    max_y = quantity.farthest * best if options.max_y is None else options.max_y
+    return min(max_x, LARGEST_X), min(max_y, LARGEST_Y)
 
 
 def _sort(
@@ -233,7 +285,7 @@ def _sort(
     for record, point in points:
         if point.x <= max_x and point.y <= max_y:
             found.points.append(point)
-            lower_bound |= record.ppl_stderr_is_lower_bound and point.y_stderr is not None
+            lower_bound |= record.ppl_stderr_is_lower_bound and point.bar is not None
             continue
         found.beyond.append(_describe(record, point, options))
         if point.has_line and point.y <= max_y:
@@ -245,20 +297,31 @@ def _is_unquantized(record: ResultRecord) -> bool:
     return (record.layer_bpw or 0.0) >= UNQUANTIZED_BPW
 
 
-def _point(record: ResultRecord, group: str, options: ChartOptions, found: Selection) -> Point:
-    x, y = _x(record, options), record.headline_ppl
+def _group(record: ResultRecord) -> str:
+    return printable(record.group, NAME_CHARACTERS) or "?"
+
+
+def _point(
+    record: ResultRecord, records: Sequence[ResultRecord], options: ChartOptions, found: Selection
+) -> Point:
+    group, quantity = _group(record), found.quantity
+    x, y = _x(record, options), quantity.value(record)
     assert x is not None and y is not None
     label = printable(record.label, 10 * NAME_CHARACTERS)
     rest = label[len(group) :].strip() if label.startswith(group) else label
-    error = record.headline_stderr if found.bars_against is None else _paired_stderr(record)
+    on_kld = quantity is KLD
+    marked = _is_unquantized(record) or record.label == found.quantized_reference
+    own_bar = found.against is None or record.against_reference is not None or on_kld
     return Point(
         group=group,
         name=printable(rest or label or "?", NAME_CHARACTERS),
         x=x,
         y=y,
-        y_stderr=error if error is not None and math.isfinite(error) else None,
+        value=quantity.number(y),
+        bar=quantity.bar(record) if own_bar else None,
         color=usable(record.color),
-        has_line=_is_unquantized(record) or record.label == found.quantized_reference,
+        has_line=marked and not on_kld,
+        hollow=on_kld and at_floor(record, records),
     )
 
 
@@ -266,29 +329,14 @@ def _x(record: ResultRecord, options: ChartOptions) -> float | None:
     return record.layer_bpw if options.x == "bpw" else record.vram_gb
 
 
-def _paired_stderr(record: ResultRecord) -> float | None:
-    """The standard error of the difference to the reference's perplexity; None for the reference itself.
-
-    Two models find the same tokens hard, so this is what tells them apart; the error of each
-    perplexity alone is many times larger.
-    """
-    if record.headline_ratio is None or record.headline_ppl is None:
-        return None
-    ratio, stderr = record.headline_ratio
-    return record.headline_ppl / ratio * stderr if stderr else None
-
-
-def _missing(record: ResultRecord, options: ChartOptions) -> str | None:
+def _missing(record: ResultRecord, quantity: Quantity, options: ChartOptions) -> str | None:
     """Why the record has no point, None when it has one."""
     if record.status == "failed":
         return printable(record.error.category, NAME_CHARACTERS) if record.error else "failed"
-    x, y = _x(record, options), record.headline_ppl
-    # No perplexity is below 1.
-    if y is None or not math.isfinite(y) or y < 1:
-        return "no perplexity per word" if record.unit == "word" else "no perplexity"
-    if x is None or not math.isfinite(x) or x < 0:
-        return "bits per weight unknown" if options.x == "bpw" else "size unknown"
-    return None
+    x, reason = _x(record, options), quantity.missing(record)
+    if reason is None and (x is None or not math.isfinite(x) or x < 0):
+        reason = "bits per weight unknown" if options.x == "bpw" else "size unknown"
+    return reason
 
 
 def _describe(record: ResultRecord, point: Point, options: ChartOptions) -> str:

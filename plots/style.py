@@ -43,7 +43,10 @@ LINE_PT = 1.1
 THIN_PT = 0.6
 BAR_PT = 1.0
 EDGE_PT = 0.6
+HOLLOW_PT = 1.2
+FLOOR_PT = 0.9
 DOTTED = (0, (1.0, 2.2))
+DASHED = (0, (5.0, 3.0))
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 # Equal nominal sizes look unequal: a square or a diamond fills more of its box than a circle.

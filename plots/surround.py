@@ -4,14 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from evalq.plots.page import LEADING, MARGIN_PT, Page
+from evalq.plots.quantity import KLD
 from evalq.plots.selection import Selection, Series, printable
 from evalq.plots.style import NOTE_PT, SUBTITLE_PT, TITLE_PT
+from evalq.results.floor import engine_of
 from evalq.results.record import ResultRecord
 
 DATASETS = {"wiki2": "WikiText-2 test", "sample": "evalq sample text", "text": "text file"}
 
 
-def write_header(page: Page, records: Sequence[ResultRecord], title: str, series: Sequence[Series]) -> float:
+def write_header(
+    page: Page, records: Sequence[ResultRecord], title: str, chosen: Selection, series: Sequence[Series]
+) -> float:
     """Write title, subtitle and legend from the top; returns where the axes may begin, points."""
     room = page.width - 2 * MARGIN_PT
     y = page.height - MARGIN_PT + 3
@@ -21,6 +25,8 @@ def write_header(page: Page, records: Sequence[ResultRecord], title: str, series
         size = TITLE_PT if fits else 0.8 * TITLE_PT
         y = page.paragraph(y, [page.shorten(heading, room, size, "bold")], size, page.look.ink, weight="bold")
     facts = compared(records)
+    if chosen.quantity is KLD and chosen.against is not None:
+        facts.append(_reference(records, chosen.against))
     if len(series) == 1 and any(point.name != point.group for point in series[0].points):
         facts.insert(0, series[0].name)
     y = page.paragraph(y, page.wrap(facts, " · ", SUBTITLE_PT, 3), SUBTITLE_PT, page.look.muted)
@@ -31,22 +37,46 @@ def write_header(page: Page, records: Sequence[ResultRecord], title: str, series
 
 def write_footer(page: Page, chosen: Selection) -> float:
     """Write the notes at the bottom; returns where the axes' own numbers may end, points."""
-    lines: list[str] = []
-    if any(point.y_stderr for point in chosen.points):
-        bound = ", a lower bound because windows overlap" if chosen.stderr_is_lower_bound else ""
-        what = f" of the difference to {printable(against, 60)}" if (against := chosen.bars_against) else ""
-        lines.append(f"bars: ±1 standard error{what}{bound}")
+    lines = [line for line in (_bars(chosen), _hollow(chosen)) if line]
     if chosen.quantized_reference is not None:
         lines.append(
             f"reference: {printable(chosen.quantized_reference, 60)}, which is not an unquantized model"
         )
-    if chosen.beyond:
-        lines += page.wrap(chosen.beyond, ", ", NOTE_PT, 2, lead="beyond the axes: ")
-    if chosen.failed:
-        lines += page.wrap(chosen.failed, ", ", NOTE_PT, 3, lead="not drawn: ")
+    for lead, pieces, most in (
+        ("floor unknown: ", chosen.floors_unknown, 1),
+        ("floors far below the axes: ", chosen.floors_below, 2),
+        ("beyond the axes: ", chosen.beyond, 2),
+        ("not drawn: ", chosen.failed, 3),
+    ):
+        if pieces:
+            lines += page.wrap(pieces, ", ", NOTE_PT, most, lead=lead)
     height = len(lines) * NOTE_PT * LEADING
     page.paragraph(MARGIN_PT - 4 + height, lines, NOTE_PT, page.look.muted)
     return MARGIN_PT + height
+
+
+def _bars(chosen: Selection) -> str:
+    """What the error bars are, "" without any."""
+    if not any(point.bar for point in chosen.points):
+        return ""
+    bound = ", a lower bound because windows overlap" if chosen.stderr_is_lower_bound else ""
+    if chosen.quantity is KLD:
+        return f"bars: 95% intervals{bound}"
+    what = f" of the difference to {printable(chosen.against, 60)}" if chosen.against else ""
+    return f"bars: ±1 standard error{what}{bound}"
+
+
+def _hollow(chosen: Selection) -> str:
+    """What hollow markers mean, "" without any."""
+    if not any(point.hollow for point in chosen.points):
+        return ""
+    return "hollow: at or below the engine's floor, the KL divergence of the unquantized model in it"
+
+
+def _reference(records: Sequence[ResultRecord], label: str) -> str:
+    engine = next((engine_of(record) for record in records if record.label == label), None)
+    where = "" if engine is None else f" in {printable(engine, 40)}"
+    return f"reference {printable(label, 60)}{where}"
 
 
 def compared(records: Sequence[ResultRecord]) -> list[str]:

@@ -1,7 +1,8 @@
 """Limits and ticks of an axis, with plain numbers: no exponents, no offset in a corner.
 
 Perplexities of good quantizations differ by percents and a broken one by a factor of a thousand, so the
-y axis is linear until the largest is more than 8 times the smallest, then logarithmic.
+y axis is linear until the largest is more than 8 times the smallest, then logarithmic. KL divergences differ
+by decades; there it is 10 times.
 """
 
 import math
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 
 from matplotlib.ticker import MaxNLocator
 
-LOG_RATIO = 8.0
 _LOG_STEPS = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
 _MAX_LOG_TICKS = 9
 
@@ -34,9 +34,9 @@ class Scale:
     labels: list[str]
 
 
-def wants_log(values: Sequence[float]) -> bool:
-    """Whether perplexities span too much for a linear axis."""
-    return max(values) > LOG_RATIO * min(values)
+def wants_log(values: Sequence[float], ratio: float) -> bool:
+    """Whether values span too much for a linear axis: more than so many times the smallest."""
+    return max(values) > ratio * min(values)
 
 
 def scale(
@@ -66,7 +66,7 @@ def scale(
     ticks = [float(t) for t in MaxNLocator(n_ticks, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
     step = ticks[1] - ticks[0]
     ticks = [tick for tick in ticks if low <= tick <= high]
-    decimals = next((d for d in range(9) if abs(round(step, d) - step) < 1e-6 * step), 9)
+    decimals = next((d for d in range(16) if abs(round(step, d) - step) < 1e-6 * step), 16)
     return Scale(low, high, False, ticks, [_plain(tick, decimals) for tick in ticks])
 
 
@@ -86,5 +86,7 @@ def _plain(value: float, decimals: int | None = None) -> str:
     if abs(value) >= 1e7:
         return f"{value:.0e}"
     if decimals is None:
-        decimals = 0 if value == round(value) else 2 if value < 1 else 1
+        if 0 < abs(value) < 1e-5:
+            return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
+        decimals = next(d for d in range(8) if abs(round(value, d) - value) < 1e-6 * abs(value) or d == 7)
     return f"{value:,.{decimals}f}" if abs(value) >= 10_000 else f"{value:.{decimals}f}"

@@ -37,6 +37,7 @@ examples:
   %(prog)s -d wiki2.json -m my/*.json --markdown           your own models, as a table for a README
   %(prog)s -d wiki2.json -m gguf.json --protocol llama.cpp the windows of llama-perplexity
   %(prog)s -d wiki2.json -m exl3.json -p -v -dark          GiB instead of bits per weight, dark
+  %(prog)s -d wiki2.json -m bf16/ Q4_K_M.gguf -kld         KL divergence from bf16/ instead of perplexity
 
 a data spec:   {"dataset": "text", "path": "my.txt", "protocol": "exllamav3", "eval_len": 2048}
 a model spec:  {"load_fn": "hf", "label": "INT4 g128", "model_dir": "models/int4"}      or a list of these
@@ -83,6 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plot.add_argument("-t", "--title", metavar="TEXT", help="title of the chart")
     plot.add_argument(
         "-v", "--vram", action="store_true", help="x is GiB of layers and head, not bits per weight"
+    )
+    plot.add_argument(
+        "-kld",
+        "--chart-kld",
+        action="store_true",
+        help="--kld, and a chart of the mean KL divergence from the reference instead of perplexity",
     )
     plot.add_argument("-mx", "--max_x", type=float, metavar="X", help="leave out points right of X")
     plot.add_argument("-my", "--max_y", type=float, metavar="Y", help="leave out points above Y")
@@ -158,6 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
     from evalq.run.process import RunSettings
     from evalq.show.progress import ConsoleReporter
 
+    arguments.kld = arguments.kld or arguments.noise_floor or arguments.chart_kld
     data = _data_spec(arguments)
     specs = _model_specs(arguments)
     draw = _drawing(arguments)
@@ -172,7 +180,7 @@ def run(arguments: argparse.Namespace) -> int:
         clear_cache=arguments.clear_cache,
         try_anyway=arguments.try_anyway,
         reference=arguments.reference,
-        kld=arguments.kld or arguments.noise_floor,
+        kld=arguments.kld,
         noise_floor=arguments.noise_floor,
         reference_most_bytes=int(arguments.reference_max_gb * 10**9),
     )
@@ -329,9 +337,10 @@ def _write(arguments: argparse.Namespace, records: "Sequence[ResultRecord]") -> 
 
 def _drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord], Console], None] | None":
     """Draws the chart that was asked for, None when none was. Raises SpecError when it could not."""
-    if not (arguments.plot or arguments.plot_file or arguments.show):
+    if not (arguments.plot or arguments.chart_kld or arguments.plot_file or arguments.show):
         return None
     from evalq.errors import SpecError
+    from evalq.results.floor import kld_of
     from evalq.show.console import say
 
     try:
@@ -344,6 +353,7 @@ def _drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord]
     options = scatter.ChartOptions(
         title=arguments.title,
         x="vram" if arguments.vram else "bpw",
+        y="kld" if arguments.chart_kld else "ppl",
         max_x=arguments.max_x,
         max_y=arguments.max_y,
         dark=arguments.dark,
@@ -352,6 +362,9 @@ def _drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord]
     def draw(records: "Sequence[ResultRecord]", errors: "Console") -> None:
         if not any(record.status == "ok" for record in records):
             say(errors, "no chart: no model was scored")
+            return
+        if arguments.chart_kld and not any(kld_of(record) for record in records):
+            say(errors, "no chart: no model has a KL divergence; the lines above say why")
             return
         figure = scatter.draw(records, options)
         scatter.save(figure, path)
@@ -365,5 +378,6 @@ def _drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord]
 def _default_plot_file(arguments: argparse.Namespace) -> Path:
     names = [Path(arguments.dataspec).stem, *(Path(name).stem for name in arguments.modelspec)]
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(names)).strip("-")[:80]
-    suffix = ("-vram" if arguments.vram else "") + ("-dark" if arguments.dark else "")
+    chosen = (("-kld", arguments.chart_kld), ("-vram", arguments.vram), ("-dark", arguments.dark))
+    suffix = "".join(name for name, is_chosen in chosen if is_chosen)
     return Path("plots") / "out" / f"{slug}{suffix}.png"

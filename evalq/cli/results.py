@@ -29,6 +29,7 @@ exit code: 0, also where some result is damaged"""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     add_store(parser)
+    parser.add_argument("--kld", action="store_true", help="with KL divergence, where it was measured")
     parser.add_argument("--json", action="store_true", help="the records as a list")
     parser.add_argument("--kld", action="store_true", help="KL divergence too, where it is stored")
 
@@ -122,11 +123,13 @@ def _json(file: Path) -> dict[str, Any]:
 def _compared(group: "list[ResultRecord]", store: "Store") -> "list[ResultRecord]":
     """The group with each model beside the reference; as it is where the scores do not allow that."""
     from evalq.errors import EvalqError
+    from evalq.results.floor import with_floors
     from evalq.results.reference import choose_stored, with_reference
 
     try:
         reference = choose_stored(group)
-        return with_reference(group, reference, lambda record: store.result(str(record.key)).scores())
+        found = with_reference(group, reference, lambda record: store.result(str(record.key)).scores())
+        return with_floors(found)
     except EvalqError:
         return group
 

@@ -78,12 +78,24 @@ class Failure(_Frozen):
     remedy: str
 
 
+class Floor(_Frozen):
+    """The KLD that an engine shows without any quantization: nothing at or below it says anything."""
+
+    engine: str = Field(description="whose it is")
+    label: str = Field(description="of the model that it was measured with")
+    kind: Literal["unquantized", "noise"] = Field(
+        description="the unquantized model in this engine, or the reference with noise on every layer"
+    )
+    kld: Estimate = Field(description="its mean KLD against the reference")
+
+
 class AgainstReference(_Measured):
     """A model beside the reference of its run, token by token, which is far sharper than two error bars."""
 
     label: str = Field(description="the reference's")
     key: str | None = Field(default=None, description="where the store keeps the reference")
     quantized: bool | None = Field(default=None, description="whether the reference is a quantized model")
+    floor: Floor | None = Field(default=None, description="of the model's engine; null where it is unknown")
 
     @model_validator(mode="before")
     @classmethod
@@ -166,6 +178,9 @@ class ResultRecord(_Measured):
     disk_gib: float | None = Field(default=None, description="every tensor, GiB")
     format: str | None = Field(default=None, description="checkpoint format in one line")
     lora: str | None = Field(default=None, description="name of the adapter on top")
+    derived: bool = Field(
+        default=False, description="made out of another checkpoint (dequantized, merged), or with an adapter"
+    )
     model: ModelFacts | None = None
 
     is_reference: bool = Field(default=False, description="the others of its run were compared with it")

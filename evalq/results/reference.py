@@ -95,7 +95,7 @@ def choose_stored(records: Sequence[ResultRecord]) -> Reference | None:
     if marked:
         last = max(marked, key=lambda record: record.scored_at or "")
         return Reference(last.label, (last.layer_bpw or 0.0) < UNQUANTIZED_BPW, True)
-    return choose([Candidate(record.label, record.layer_bpw, record.lora is not None) for record in scored])
+    return choose([Candidate(r.label, r.layer_bpw, r.derived or r.lora is not None) for r in scored])
 
 
 def with_reference(

@@ -14,6 +14,7 @@ from evalq.engine.failures import remedy_of
 from evalq.engine.registry import resolve_engine
 from evalq.errors import ModelError, StoreError
 from evalq.files import write_json
+from evalq.results.floor import with_floors
 from evalq.results.record import ResultRecord
 from evalq.results.reference import Candidate, Reference, choose, with_reference
 from evalq.results.store import ResultDir, Store, family_of, key_of
@@ -121,7 +122,9 @@ def _compared(
                 Candidate(r.label, r.layer_bpw, getattr(by_label[r.label], "derived", False)) for r in scored
             ]
             reference = choose(left)
-    found = with_reference(records, reference, lambda record: store.result(str(record.key)).scores())
+    found = with_floors(
+        with_reference(records, reference, lambda record: store.result(str(record.key)).scores())
+    )
     for record in found:
         if record.status == "ok" and record.key is not None:
             with contextlib.suppress(StoreError):

@@ -156,6 +156,7 @@ def _bits(model: PreparedModel) -> dict[str, Any]:
         "vram_gb": vram_gb,
         "disk_gib": storage.disk_gib,
         "format": storage.format,
+        "derived": model.derived,
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from evalq.engine.columns import KLD, KLD_BOUND
 from evalq.results.estimate import Estimate
 from evalq.results.metrics import METRICS, Metric
 from evalq.results.paired import PAIR_METRICS, PairMetric
@@ -16,6 +17,7 @@ from evalq.results.record import ResultRecord, require_comparable
 from evalq.results.verdict import verdict
 from evalq.show.columns import MAJOR, MINOR, Column, markdown_table, print_columns
 from evalq.show.console import say
+from evalq.show.floors import floor_lines, mark
 from evalq.show.numbers import NOTHING, change_percent, estimate, number
 from evalq.show.plain import csv_cell, json_text, markdown_cell
 from evalq.show.significance import rules, verdict_lines
@@ -29,6 +31,7 @@ _CSV_FIELDS = (
 ).split()
 # Rows of metrics that have a column of their own as the perplexity of the protocol.
 _HEADLINES = ("ppl", "word_ppl")
+KLD_HEADER = next(row.header for row in PAIR_METRICS if row.name == KLD.name)
 ENOUGH_WINDOWS = 8
 _LONGEST_NAME_IN_HEADER = 16
 
@@ -131,15 +134,25 @@ def _metric_columns(records: Sequence[ResultRecord], kld: bool) -> list[Column[R
         *((row, partial(_pair_estimate, name=row.name)) for row in PAIR_METRICS if kld or not row.with_kld),
     ]
     return [
-        Column(row.header, partial(_metric_text, row, get), _priority(row), right=True, help=row.help)
+        Column(row.header, _cell_text(row, get, records), _priority(row), right=True, help=row.help)
         for row, get in rows
         if row.header and any(get(record) is not None for record in records)
     ]
 
 
+def _cell_text(
+    row: Metric | PairMetric,
+    get: Callable[[ResultRecord], Estimate | None],
+    records: Sequence[ResultRecord],
+) -> Callable[[ResultRecord], str]:
+    """What a record shows of a metric; the mean KLD with a mark where it is at its engine's floor."""
+    text = partial(_metric_text, row, get)
+    return text if row.name != KLD.name else lambda record: text(record) + mark(record, records)
+
+
 def _priority(row: Metric | PairMetric) -> int:
-    """What was asked for stays longer than what is always there."""
-    return MAJOR if isinstance(row, PairMetric) and row.with_kld else MINOR
+    """The KLD that was asked for stays longer than what is always there."""
+    return MAJOR if row.name in (KLD.name, KLD_BOUND.name) else MINOR
 
 
 def _own_estimate(record: ResultRecord, name: str) -> Estimate | None:
@@ -187,6 +200,8 @@ def explanations(table: Shown, columns: Sequence[Column[ResultRecord]]) -> list[
             f"no perplexity per {_unit(scored)}: it needs the text as a whole, and max_tokens cuts it; "
             "bits per byte are in --json and --csv"
         )
+    if any(column.header == KLD_HEADER for column in columns):
+        lines += floor_lines(table.records)
     return lines + rules(table.records)
 
 

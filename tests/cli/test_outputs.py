@@ -88,3 +88,13 @@ def test_numbers_out_of_range_are_usage_errors(
     with pytest.raises(SystemExit) as ended:
         compare_main(["-d", str(runs.data()), "-m", str(runs.models({})), *more])
     assert ended.value.code == 2 and "should be" in capsys.readouterr().err
+
+
+def test_a_chart_without_any_divergence_is_said_after_the_table(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = runs.models({"label": "One"}, {"label": "Two", "options": {"seed": 1}})
+    assert compare_main(["-d", str(runs.data()), "-m", str(models), "-kld", "-o", "c.png"]) == 0
+    shown = capsys.readouterr()
+    assert "One" in shown.out and "no chart: no model has a KL divergence" in shown.err
+    assert not Path("c.png").exists()

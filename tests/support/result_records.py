@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from evalq.results.estimate import Estimate
 from evalq.results.record import AgainstReference, Failure, ResultRecord
 
 COMPARISON = {
@@ -62,3 +63,15 @@ def terminal(show: Callable[[Console], None], columns: int, is_terminal: bool = 
     out = io.StringIO()
     show(Console(file=out, width=columns, force_terminal=is_terminal, color_system=None))
     return out.getvalue()
+
+
+def diverging(
+    reference: str, kld: float | None, stderr: float | None = None, **more: Any
+) -> AgainstReference:
+    """A comparison with its mean KLD, the 95% interval two standard errors wide to both sides."""
+    metrics = {"ln_ratio": Estimate(value=0.01, stderr=0.002)}
+    if kld is not None:
+        ends = {} if stderr is None else {"low": max(kld - 2 * stderr, 0.5 * kld), "high": kld + 2 * stderr}
+        metrics["kld"] = Estimate(value=kld, stderr=stderr, **ends)
+    metrics |= more.pop("metrics", {})
+    return AgainstReference(label=reference, metrics=metrics, **more)
