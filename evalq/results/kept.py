@@ -117,13 +117,13 @@ class KeptReference:
         head = self.head()
         assert head is not None, "begin() comes first"
         tensors = {"rows": np.ascontiguousarray(rows), "logprob": np.asarray(logprob, np.float32)}
-        write_atomic(self._file(window), save(tensors, {"head": head.digest}))
+        write_atomic(self.file(window), save(tensors, {"head": head.digest}))
 
     def read(self, window: Window) -> KeptWindow:
         """The rows of a window. Raises ModelError (model_missing) where they cannot be read."""
         head = self.head()
         if head is not None and self._shape(window, head) is not None:
-            with contextlib.suppress(*_UNREADABLE), safe_open(self._file(window), "numpy") as file:
+            with contextlib.suppress(*_UNREADABLE), safe_open(self.file(window), "numpy") as file:
                 return KeptWindow(file.get_tensor("rows"), file.get_tensor("logprob"))
         raise ModelError(
             f"the reference's rows of tokens {window.start} to {window.end} cannot be read from {self.path}",
@@ -134,16 +134,17 @@ class KeptReference:
     def drop(self, windows: Iterable[Window]) -> None:
         """Forget windows."""
         for window in windows:
-            self._file(window).unlink(missing_ok=True)
+            self.file(window).unlink(missing_ok=True)
 
-    def _file(self, window: Window) -> Path:
+    def file(self, window: Window) -> Path:
+        """Where a window's rows lie, or would."""
         name = f"{window.start}-{window.end}-{window.score_from}-{window.head}.safetensors"
         return self.path / name
 
     def _shape(self, window: Window, head: ReferenceHead) -> tuple[int, ...] | None:
         """Of the rows of a window, by its header; None where they are not those of this head."""
         try:
-            with safe_open(self._file(window), "numpy") as file:
+            with safe_open(self.file(window), "numpy") as file:
                 if (file.metadata() or {}).get("head") != head.digest:
                     return None
                 shape = tuple(file.get_slice("rows").get_shape())
@@ -166,6 +167,11 @@ class KeptInputs(Mapping[str, NDArray[Any]]):
         if name != REFERENCE:
             raise KeyError(name)
         return np.stack([self._kept.read(window).rows for window in self._windows])
+
+    @property
+    def files(self) -> list[Path]:
+        """Where the rows lie: a safetensors file for each window, with "rows" [R, width]."""
+        return [self._kept.file(window) for window in self._windows]
 
     def logprob(self) -> NDArray[np.float32]:
         """Log-probabilities of the reference when it was scored, [B, R]. Raises ModelError."""
