@@ -296,10 +296,11 @@ def _read_rows(window: Expected, part: slice, head: ReferenceHead) -> Packed:
     try:
         with safe_open(window.file, "numpy") as file:
             rows = file.get_slice("rows")
-            if tuple(rows.get_shape()) == (window.n_targets, head.row_shape[0]):
+            shape, made_for = tuple(rows.get_shape()), (file.metadata() or {}).get("head", head.digest)
+            if shape == (window.n_targets, head.row_shape[0]) and made_for == head.digest:
                 found: Packed = rows[part.start : part.stop]
                 return found
-            why = f"rows of shape {tuple(rows.get_shape())}"
+            why = f"rows of shape {shape}, or of another head"
     except (OSError, SafetensorError) as error:
         why = str(error)
     raise ModelError(
