@@ -144,12 +144,16 @@ class TorchReference:
 
     def logits(self, packed_R: Packed) -> Any:
         """Logits of kept rows, [R, V], in the type that the reference's head gives; a tensor of its own."""
+        return self.logits_of(self.rows(packed_R))
+
+    def logits_of(self, rows_R: Any) -> Any:
+        """The same of what rows() returned, or of some of it."""
         import torch
 
         head = self.head
         if head.kind == "logits":
-            return torch.from_numpy(unpack_logits(packed_R)).to(self.device)
-        rows_Rd = self._rows(packed_R)
+            return torch.from_numpy(unpack_logits(rows_R)).to(self.device)
+        rows_Rd = rows_R
         if self._weight_Vd is not None:
             return self._finished(self._product(rows_Rd, self._weight_Vd))
         assert head.weight is not None
@@ -159,15 +163,21 @@ class TorchReference:
             logits_RV[:, some] = self._finished(self._product(rows_Rd, weight))
         return logits_RV[:, : head.vocab_size]
 
-    def _rows(self, packed_R: Packed) -> Any:
+    def rows(self, packed_R: Packed) -> Any:
+        """What goes into the head, [R, d] on the device; codes of logits stay as they are."""
         import torch
 
+        if self.head.kind == "logits":
+            return packed_R
         if self.head.dtype == "float32":
             rows = torch.from_numpy(unpack_float32(packed_R))
         else:
             dtype = getattr(torch, self.head.dtype)
             rows = torch.from_numpy(np.ascontiguousarray(packed_R).view(np.int16)).view(dtype)
-        return rows.to(self.device)
+        if self.device.type != "cuda":
+            return rows.to(self.device)
+        # From pinned memory the copy does not wait for what the GPU still has to do.
+        return rows.pin_memory().to(self.device, non_blocking=True)
 
     def _product(self, rows_Rd: Any, weight_Vd: Any) -> Any:
         """As the reference's engine multiplied: rounded to its data type, or not."""

@@ -279,8 +279,8 @@ class Tap:
         reference = self._reference
         if reference is None or not window.file:
             return None
-        packed_R = _read_rows(window, part, reference.head)
-        return lambda rows: reference.logits(packed_R[rows])
+        rows_Rd = reference.rows(_read_rows(window, part, reference.head))
+        return lambda rows: reference.logits_of(rows_Rd[rows])
 
     def _keep(self, window: Expected, part: slice, n_rows: int) -> None:
         if self._rows_nd is None or len(self._rows_nd) != n_rows:
