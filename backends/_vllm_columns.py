@@ -95,8 +95,8 @@ class WorkerColumns:
         config = llm.llm_engine.vllm_config
         if getattr(config, "use_v2_model_runner", False):
             why = (
-                "vLLM's second model runner, which VLLM_USE_V2_MODEL_RUNNER=1 or the model asks for, does not "
-                "make distributions of the whole vocabulary"
+                "vLLM's second model runner, which VLLM_USE_V2_MODEL_RUNNER=1 or the model asks for, makes no "
+                "distributions of the whole vocabulary"
             )
         elif getattr(config.parallel_config, "worker_extension_cls", "") == _EXTENSION:
             arguments = (names, head, keep, chunk_bytes(request, is_cpu))
