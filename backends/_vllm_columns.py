@@ -74,13 +74,13 @@ class WorkerColumns:
         engine: vllm.LLM.
         columns: names of what they give.
         head: how the model's own distributions are kept; None where that was not asked for or cannot be.
-        folder: for rows on their way.
     """
 
     engine: Any
     columns: tuple[str, ...]
     head: ReferenceHead | None
-    folder: TemporaryDirectory[str] = field(default_factory=lambda: TemporaryDirectory(prefix="evalq-vllm-"))
+    _folder: TemporaryDirectory[str] | None = None
+    _given_up: list[str] = field(default_factory=list)
 
     @classmethod
     def begin(cls, llm: Any, request: LoadRequest, is_cpu: bool, notes: list[str]) -> "WorkerColumns | None":
@@ -95,8 +95,8 @@ class WorkerColumns:
         config = llm.llm_engine.vllm_config
         if getattr(config, "use_v2_model_runner", False):
             why = (
-                "vLLM's second model runner, which VLLM_USE_V2_MODEL_RUNNER=1 or the model asks for, makes no "
-                "distributions of the whole vocabulary"
+                "vLLM's second model runner, which VLLM_USE_V2_MODEL_RUNNER=1 or the model asks for, makes "
+                "no distributions of the whole vocabulary"
             )
         elif getattr(config.parallel_config, "worker_extension_cls", "") == _EXTENSION:
             arguments = (names, head, keep, chunk_bytes(request, is_cpu))
@@ -117,33 +117,42 @@ class WorkerColumns:
         files = self._files(batch, names)
         first, n_targets = batch.first_target, batch.shape[1]
         windows = [[name, first, n_targets, file, keep] for name, file in zip(names, files, strict=True)]
-        self.engine.collective_rpc("evalq_expect", args=(windows,))
+        self.engine.collective_rpc("evalq_expect", args=(windows, self._given_up))
+        self._given_up = []
 
     def take(self, batch: Batch, names: Sequence[str]) -> Scores:
         """Columns of a batch whose requests have finished, with the log-probabilities. Raises ModelError."""
         if not self._asked(batch):
             return {}
-        folder = Path(self.folder.name)
-        found = _answer(self.engine.collective_rpc("evalq_take", args=(list(names), str(folder))))
+        kept = REFERENCE_ROWS in batch.columns
+        folder = str(self._path()) if kept else ""
+        found = _answer(self.engine.collective_rpc("evalq_take", args=(list(names), folder)))
         scores = {
             column: np.stack([np.frombuffer(found[name][column], _DTYPES[column]) for name in names])
             for column in self.columns
             if column == LOGPROB.name or column in batch.columns
         }
-        if REFERENCE_ROWS in batch.columns:
-            files = [folder / f"{name}.npy" for name in names]
+        if kept:
+            files = [self._path() / f"{name}.npy" for name in names]
             scores[REFERENCE_ROWS] = np.stack([np.load(file, allow_pickle=False) for file in files])
             for file in files:
                 file.unlink()
         return scores
 
-    def forget(self, names: Sequence[str]) -> None:
-        """Requests that were given up."""
-        self.engine.collective_rpc("evalq_forget", args=(list(names),))
+    def give_up(self, names: Sequence[str]) -> None:
+        """Nobody will take these; the workers learn it with what comes next, for they may be gone."""
+        self._given_up += names
 
     def close(self) -> None:
-        """Remove the folder."""
-        self.folder.cleanup()
+        """Remove what is left of rows on their way."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _path(self) -> Path:
+        """A folder for rows on their way."""
+        if self._folder is None:
+            self._folder = TemporaryDirectory(prefix="evalq-vllm-")
+        return Path(self._folder.name)
 
     def _asked(self, batch: Batch) -> bool:
         return any(name not in DEFAULT_COLUMNS for name in batch.columns)
@@ -154,7 +163,7 @@ class WorkerColumns:
             return [""] * len(names)
         files = getattr(batch.inputs, "files", None)
         if files is None:
-            files = [Path(self.folder.name) / f"{name}.safetensors" for name in names]
+            files = [self._path() / f"{name}.safetensors" for name in names]
             for file, rows in zip(files, batch.inputs[REFERENCE], strict=True):
                 save_file({"rows": np.ascontiguousarray(rows)}, file)
         return [str(file) for file in files]

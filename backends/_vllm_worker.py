@@ -87,14 +87,17 @@ class ScoringExtension:
         notes = [] if beside is None else reference_notes(beside)
         return {"notes": notes, "head": None if head is None else head.model_dump_json()}
 
-    def evalq_expect(self, windows: list[list[Any]]) -> None:
+    def evalq_expect(self, windows: list[list[Any]], given_up: list[str]) -> None:
         """Requests that will come.
 
         Args:
             windows: [name, first target, number of targets, file of reference rows or "", keep] of each.
+            given_up: names of earlier ones that nobody will take.
         """
         tap = self._tap()
         if tap is not None:
+            for name in given_up:
+                tap.windows.pop(name, None)
             for name, first, n_targets, file, keep in windows:
                 tap.windows[name] = Expected(first, n_targets, file, keep)
 
@@ -110,13 +113,6 @@ class ScoringExtension:
         """
         tap = self._tap()
         return None if tap is None else tap.take(names, Path(folder))
-
-    def evalq_forget(self, names: list[str]) -> None:
-        """Requests that were given up."""
-        tap = self._tap()
-        if tap is not None:
-            for name in names:
-                tap.windows.pop(name, None)
 
     def _tap(self) -> "Tap | None":
         return getattr(self, "_evalq_tap", None)

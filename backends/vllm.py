@@ -225,7 +225,7 @@ def _scored(model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
         if readers:
             engine.abort_request(list(readers))
         if handle.more is not None:
-            handle.more.forget([name for _, names in waiting for name in names])
+            handle.more.give_up([name for _, names in waiting for name in names])
 
 
 def _submit(handle: _Handle, batch: Batch, readers: dict[str, Callable[[Any], Row]]) -> list[str]:

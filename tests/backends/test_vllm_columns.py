@@ -196,8 +196,7 @@ def test_tokens_without_a_distribution_are_an_error(tmp_path: Path, reference: T
 
 def test_only_the_worker_with_the_head_answers() -> None:
     worker = ScoringExtension()
-    worker.evalq_expect([["0", 1, 5, "", False]])
-    worker.evalq_forget(["0"])
+    worker.evalq_expect([["0", 1, 5, "", False]], [])
     assert worker.evalq_take(["0"], "unused") is None
 
 
