@@ -71,7 +71,8 @@ class ScoringExtension:
         if get_tensor_model_parallel_rank() != 0:
             return None
         runner = self.model_runner
-        if not hasattr(runner, "_get_prompt_logprobs_dict") or not hasattr(runner.sampler, "gather_logprobs"):
+        sampler = getattr(runner, "sampler", None)
+        if not (hasattr(runner, "_get_prompt_logprobs_dict") and hasattr(sampler, "gather_logprobs")):
             return {"refused": "this vLLM's model runner does not show its distributions"}
         try:
             beside = None
@@ -94,7 +95,7 @@ class ScoringExtension:
             windows: [name, first target, number of targets, file of reference rows or "", keep] of each.
             given_up: names of earlier ones that nobody will take.
         """
-        tap = self._tap()
+        tap = self._evalq_listening()
         if tap is not None:
             for name in given_up:
                 tap.windows.pop(name, None)
@@ -111,10 +112,10 @@ class ScoringExtension:
         Returns:
             Name -> column -> bytes of its array [R]. Or "failure": [message, category, remedy or ""].
         """
-        tap = self._tap()
+        tap = self._evalq_listening()
         return None if tap is None else tap.take(names, Path(folder))
 
-    def _tap(self) -> "Tap | None":
+    def _evalq_listening(self) -> "Tap | None":
         return getattr(self, "_evalq_tap", None)
 
 
@@ -314,19 +315,22 @@ class _Probe:
         processor: vLLM's LogitsProcessor.
         lm_head: the head that it was given.
         bias: of the head, or None.
-        dtype: of what goes into the head.
-        n_vocab: logits that came out.
+        rows_1d: what went into the head.
+        logits_1V: what came out of the model, float32 on the CPU.
     """
 
     processor: Any
     lm_head: Any
     bias: Any
-    dtype: Any
-    n_vocab: int
+    rows_1d: Any
+    logits_1V: Any
 
     @classmethod
     def of(cls, runner: Any) -> "_Probe | None":
-        """Ask for the logits of nothing; None where they do not come from one plain LogitsProcessor."""
+        """Ask for the logits of one row; None where they do not come from one plain LogitsProcessor.
+
+        Every worker with a part of the head has to call this: they work out the logits together.
+        """
         import torch
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
@@ -334,44 +338,54 @@ class _Probe:
         processors = [module for module in model.modules() if type(module) is LogitsProcessor]
         if len(processors) != 1:
             return None
-        seen: list[tuple[Any, ...]] = []
-        hook = processors[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+        calls: list[tuple[Any, ...]] = []
+        hook = processors[0].register_forward_pre_hook(
+            lambda module, args, given: calls.append((*args, *given.values())), with_kwargs=True
+        )
         try:
             with torch.inference_mode():
-                rows = torch.zeros(1, config.get_hidden_size(), dtype=config.dtype, device=runner.device)
-                logits = model.compute_logits(rows)
+                row_d = torch.linspace(-1, 1, config.get_hidden_size(), device=runner.device)
+                logits = model.compute_logits(row_d.to(config.dtype)[None])
+        except Exception:  # a model that wants more than this row: what it does to it is not known
+            return None
         finally:
             hook.remove()
-        if len(seen) != 1 or len(seen[0]) < 2 or logits is None:
+        if len(calls) != 1 or len(calls[0]) < 2 or logits is None:
             return None
-        lm_head, rows, *more = seen[0]
-        return cls(processors[0], lm_head, more[0] if more else None, rows.dtype, int(logits.shape[-1]))
+        lm_head, rows, *more = calls[0]
+        return cls(processors[0], lm_head, more[0] if more else None, rows, logits.float().cpu())
 
     def reference_head(self, checkpoint: Path) -> ReferenceHead | None:
         """How this model's distributions are kept; None where its head is no plain stored matrix."""
-        processor, dtype = self.processor, dtype_name(self.dtype)
+        processor, dtype = self.processor, dtype_name(self.rows_1d.dtype)
         plain = type(getattr(self.lm_head, "quant_method", None)).__name__ in _PLAIN
-        scale, soft_cap = float(processor.scale), processor.soft_cap
-        # vLLM scales what was capped, a ReferenceHead caps what was scaled.
-        if dtype is None or not plain or self.bias is not None or (soft_cap and scale != 1.0):
+        if dtype is None or not plain or self.bias is not None or processor.logits_as_input:
             return None
         n_rows, weight = int(processor.org_vocab_size), self.lm_head.weight.detach()
-        if processor.logits_as_input or self.n_vocab != n_rows or weight.ndim != 2:
-            return None
         # With tensor parallelism this is the first of the shards.
-        stored = find_weight(checkpoint, weight[:n_rows], n_rows)
+        stored = find_weight(checkpoint, weight[:n_rows], n_rows) if weight.ndim == 2 else None
         if stored is None:
             return None
-        rounded_to = getattr(processor, "head_dtype", None) or self.dtype
-        return ReferenceHead(
+        rounded_to = getattr(processor, "head_dtype", None) or self.rows_1d.dtype
+        head = ReferenceHead(
             kind="hidden",
             dtype=dtype,
             width=stored.columns,
             vocab_size=n_rows,
             weight=stored,
-            rounded=rounded_to == self.dtype and dtype != "float32",
-            multiplier=scale,
-            soft_cap=soft_cap,
+            rounded=rounded_to == self.rows_1d.dtype and dtype != "float32",
+            multiplier=float(processor.scale),
+            soft_cap=processor.soft_cap,
+        )
+        return head if self._made_again_by(head) else None
+
+    def _made_again_by(self, head: ReferenceHead) -> bool:
+        """Tried on the row, because no attribute says what else a model does to its logits."""
+        import torch
+
+        again = TorchReference(head, "cpu").logits(pack_rows(self.rows_1d)).float()
+        return again.shape == self.logits_1V.shape and torch.allclose(
+            again, self.logits_1V, rtol=1e-2, atol=1e-2
         )
 
 
