@@ -267,7 +267,7 @@ def _print(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", err
 
     taken = any(name == "-" for _, name in _files(arguments))
     if not arguments.quiet:
-        table.print_table(records, errors if taken else output(), arguments.kld or arguments.noise_floor)
+        table.print_table(records, errors if taken else output(), arguments.kld)
     else:
         for record in records:
             if record.error:
@@ -314,7 +314,7 @@ def _write(arguments: argparse.Namespace, records: "Sequence[ResultRecord]") -> 
     renderers: dict[str, Callable[[Sequence[ResultRecord]], str]] = {
         "--json": table.as_json,
         "--csv": table.as_csv,
-        "--markdown": partial(table.markdown, kld=arguments.kld or arguments.noise_floor),
+        "--markdown": partial(table.markdown, kld=arguments.kld),
     }
     for flag, name in _files(arguments):
         if flag not in renderers:
