@@ -35,7 +35,8 @@ def pack_rows(rows_Rd: Any) -> Packed:
     rows = rows_Rd.detach().cpu()
     if rows.dtype == torch.float32:
         return pack_float32(rows.numpy())
-    return rows.contiguous().view(torch.int16).numpy().view(np.uint16)
+    bits: Packed = rows.contiguous().view(torch.int16).numpy().view(np.uint16)
+    return bits
 
 
 class RowKeeper:
