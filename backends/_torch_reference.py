@@ -35,7 +35,8 @@ def pack_rows(rows_Rd: Any) -> Packed:
     rows = rows_Rd.detach().cpu()
     if rows.dtype == torch.float32:
         return pack_float32(rows.numpy())
-    return rows.contiguous().view(torch.int16).numpy().view(np.uint16)
+    bits: Packed = rows.contiguous().view(torch.int16).numpy().view(np.uint16)
+    return bits
 
 
 class RowKeeper:
@@ -80,17 +81,18 @@ def reference_notes(reference: "TorchReference") -> list[str]:
     return ["the reference's head did not fit on the device beside the model: brought there in blocks"]
 
 
-def find_weight(path: Path, weight_Vd: Any) -> StoredWeight | None:
+def find_weight(path: Path, weight_Vd: Any, n_rows: int | None = None) -> StoredWeight | None:
     """Where a checkpoint directory keeps this very matrix, plain; None where it does not.
 
     Args:
         path: the directory.
         weight_Vd: of the head, as loaded: the stored one in another data type counts as the same.
+        n_rows: of the whole matrix, where weight_Vd are its first rows only.
     """
     import torch
 
     contents = open_checkpoint(path).contents
-    shape = tuple(weight_Vd.shape)
+    shape = (n_rows or len(weight_Vd), weight_Vd.shape[1])
     for tensor in () if contents is None else contents.tensors.values():
         dtype: Any = _STORED.get(tensor.dtype)
         if dtype is None or tuple(tensor.shape) != shape:
@@ -105,7 +107,7 @@ def find_weight(path: Path, weight_Vd: Any) -> StoredWeight | None:
         )
         if all(
             torch.equal(_block(place, rows, weight_Vd.dtype), weight_Vd[rows].cpu())
-            for rows in _blocks(shape[0])
+            for rows in _blocks(len(weight_Vd))
         ):
             return StoredWeight.found(tensor.file, tensor.offset, dtype, (shape[0], shape[1]))
     return None
@@ -158,7 +160,10 @@ class TorchReference:
         else:
             dtype = getattr(torch, self.head.dtype)
             rows = torch.from_numpy(np.ascontiguousarray(packed_R).view(np.int16)).view(dtype)
-        return rows.to(self.device)
+        if self.device.type != "cuda":
+            return rows.to(self.device)
+        # From pinned memory the copy does not wait for what the GPU still has to do.
+        return rows.pin_memory().to(self.device, non_blocking=True)
 
     def logits(self, rows_Rd: Any) -> Any:
         """Logits of some of rows(), [R, V], in the type that the head gives; a tensor of its own."""

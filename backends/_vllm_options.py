@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from evalq.backends import _vllm_columns
 from evalq.backends._vllm_lora import lora_arguments
 from evalq.engine.backend import LoadRequest, Option
 from evalq.errors import ModelError
@@ -131,7 +132,8 @@ def engine_arguments(
         "seed": 0,
     }
     if not hardware.is_cpu:
-        arguments["gpu_memory_utilization"] = utilization_for(hardware.memory_bytes, vocab_size, step_tokens)
+        needed = step_bytes(vocab_size, step_tokens) + _vllm_columns.device_bytes(request)
+        arguments["gpu_memory_utilization"] = utilization_for(hardware.memory_bytes, needed)
         if "kv_cache_gib" in request.options:
             arguments["kv_cache_memory_bytes"] = request.options["kv_cache_gib"] * GIB
     if request.adapter is not None:
@@ -154,9 +156,13 @@ def step_tokens_for(hardware: Hardware, vocab_size: int) -> int:
     return tokens
 
 
-def utilization_for(memory_bytes: int, vocab_size: int, step_tokens: int) -> float:
-    """0.9, or less where the rest of the GPU would not hold a step's log-probabilities."""
-    needed = step_tokens * vocab_size * LOGPROB_BYTES
+def step_bytes(vocab_size: int, step_tokens: int) -> int:
+    """What a step's log-probabilities take, which vLLM does not count."""
+    return step_tokens * vocab_size * LOGPROB_BYTES
+
+
+def utilization_for(memory_bytes: int, needed: int) -> float:
+    """0.9, or less where the rest of the GPU would not hold the bytes that are needed beside vLLM's share."""
     return round(min(UTILIZATION_MAX, max(0.5, 0.97 - needed / memory_bytes)), 3)
 
 

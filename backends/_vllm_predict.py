@@ -2,7 +2,8 @@
 
 import re
 
-from evalq.backends._vllm_options import Hardware, step_tokens_for, utilization_for
+from evalq.backends import _vllm_columns
+from evalq.backends._vllm_options import Hardware, step_bytes, step_tokens_for, utilization_for
 from evalq.checkpoint.shape import read_shape
 from evalq.engine.backend import LoadRequest, Machine, Prediction
 from evalq.vllm_memory.gpus import gpu_reported
@@ -18,7 +19,8 @@ def predict(request: LoadRequest, machine: Machine) -> Prediction | None:
     options, shape = request.options, read_shape(str(request.path))
     hardware = Hardware(False, len(machine.gpus), int(gpu.total_gib * 2**30), gpu.name, None)
     step_tokens = options.get("max_num_batched_tokens", step_tokens_for(hardware, shape.vocab))
-    share = utilization_for(hardware.memory_bytes, shape.vocab, step_tokens)
+    beside = step_bytes(shape.vocab, step_tokens) + _vllm_columns.device_bytes(request)
+    share = utilization_for(hardware.memory_bytes, beside)
     planned = plan(
         shape,
         gpu,

@@ -165,8 +165,8 @@ def _kept(handle: Handle, request: LoadRequest) -> ReferenceHead:
 
     size, head = handle.vocab_size, handle.head
     by_logits = ReferenceHead(kind="logits", dtype="float32", width=size, vocab_size=size)
-    inner = getattr(head, "inner", None)
-    if getattr(inner, "quant_type", "") != "fp16" or inner.bias is not None or request.adapter is not None:
+    inner: Any = getattr(head, "inner", None)
+    if inner is None or inner.quant_type != "fp16" or inner.bias is not None or request.adapter is not None:
         return by_logits
     weight_Vd = inner.weight.T[:size, : head.in_features_unpadded]
     weight = find_weight(request.path, weight_Vd)

@@ -155,8 +155,8 @@ def _scored(handle: _Handle, batches: Iterable[Batch]) -> Iterator[Scores]:
             if handle.reference is not None and REFERENCE in batch.inputs:
                 kept, targets = batch.inputs[REFERENCE], batch.targets_BR
                 rows = [
-                    row | _beside(handle.reference, *one, row)
-                    for row, *one in zip(rows, kept, targets, strict=True)
+                    row | _beside(handle.reference, kept_Rw, targets_R, row)
+                    for row, kept_Rw, targets_R in zip(rows, kept, targets, strict=True)
                 ]
             yield {column: np.stack([_column(row, column) for row in rows]) for column in batch.columns}
     finally:

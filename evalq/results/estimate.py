@@ -7,7 +7,10 @@ from functools import cached_property
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from evalq.results.statistics import LOGIT, PLAIN, Clusters, Float64s, Scale, interval
+from evalq.results.statistics import PLAIN, Clusters, Float64s, Scale, interval
+
+# Tokens above or below a percentile, whichever are fewer, from which on its interval holds.
+TOKENS_BEYOND = 5
 
 
 class Estimate(BaseModel):
@@ -97,19 +100,21 @@ class Sample:
         """A percentile with Woodruff's error.
 
         The share of tokens at or below the percentile is a mean, so it has a clustered error; the
-        percentiles at the ends of that share's interval (on the logit scale) are the ends of the
-        percentile's own. Nothing is assumed about the values, and no random numbers are needed, as a
-        bootstrap over windows would. The smallest and the largest value have no error. Source: R. S.
-        Woodruff, "Confidence Intervals for Medians and Other Position Measures", J. Am. Stat. Assoc.
+        percentiles at the ends of that share's interval are the ends of the percentile's own (the largest
+        value where that end is above 1). Nothing is assumed about the values, and no random numbers are
+        needed, as a bootstrap over windows would. A percentile with fewer than TOKENS_BEYOND tokens beyond
+        it has no error: nothing says how far out the next one would be. Source:
+        R. S. Woodruff, "Confidence Intervals for Medians and Other Position Measures", J. Am. Stat. Assoc.
         47(260), 1952.
         """
         value = self.quantile(fraction)
-        if not 0 < fraction < 1 or self.clusters.count < 2:
+        beyond = min(fraction, 1 - fraction) * self.values.size
+        if beyond < TOKENS_BEYOND or self.clusters.count < 2:
             return Estimate(value=value, stderr_is_lower_bound=self.overlap_ignored)
         within = (self.values <= value).astype(np.float64)
         error = self.clusters.stderr(within - within.mean())
-        one = interval(fraction, error, 1.0, LOGIT)
-        whole = interval(fraction, error, self.clusters.t, LOGIT)
+        one = interval(fraction, error, 1.0)
+        whole = interval(fraction, error, self.clusters.t)
         assert one is not None and whole is not None, "shares and their errors are finite"
         return Estimate(
             value=value,

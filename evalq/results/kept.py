@@ -107,7 +107,7 @@ class KeptReference:
         head = self._head or self.head()
         assert head is not None, "begin() comes first"
         tensors = {"rows": np.ascontiguousarray(rows), "logprob": np.asarray(logprob, np.float32)}
-        write_atomic(self._file(window), save(tensors, {"head": head.digest}))
+        write_atomic(self.file(window), save(tensors, {"head": head.digest}))
 
     def rows(self, window: Window) -> Packed:
         """The rows of a window, [R, width]. Raises ModelError (model_missing) where they cannot be read."""
@@ -119,7 +119,7 @@ class KeptReference:
 
     def _tensor(self, window: Window, name: str) -> NDArray[Any]:
         head = self._head or self.head()
-        with contextlib.suppress(*_UNREADABLE), safe_open(self._file(window), "numpy") as file:
+        with contextlib.suppress(*_UNREADABLE), safe_open(self.file(window), "numpy") as file:
             if head is not None and _fits(file, window, head):
                 found: NDArray[Any] = file.get_tensor(name)
                 return found
@@ -132,15 +132,16 @@ class KeptReference:
     def drop(self, windows: Iterable[Window]) -> None:
         """Forget windows."""
         for window in windows:
-            self._file(window).unlink(missing_ok=True)
+            self.file(window).unlink(missing_ok=True)
 
-    def _file(self, window: Window) -> Path:
+    def file(self, window: Window) -> Path:
+        """Where a window's rows lie, or would."""
         name = f"{window.start}-{window.end}-{window.score_from}-{window.head}.safetensors"
         return self.path / name
 
     def _holds(self, window: Window, head: ReferenceHead) -> bool:
         try:
-            with safe_open(self._file(window), "numpy") as file:
+            with safe_open(self.file(window), "numpy") as file:
                 return _fits(file, window, head)
         except _UNREADABLE:
             return False
@@ -177,6 +178,11 @@ class KeptInputs(Inputs):
             raise KeyError(name)
         coming, self._coming = self._coming, None
         return self._rows() if coming is None else coming.result()
+
+    @property
+    def files(self) -> list[Path]:
+        """Where the rows lie: a safetensors file for each window, with "rows" [R, width]."""
+        return [self._kept.file(window) for window in self._windows]
 
     def logprob(self) -> NDArray[np.float32]:
         """Log-probabilities of the reference when it was scored, [B, R]. Raises ModelError."""

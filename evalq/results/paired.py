@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evalq.engine.columns import ACCEPTANCE, ARGMAX, KLD, KLD_BOUND, LOGPROB, MAX_PROB
+from evalq.engine.columns import (
+    ACCEPTANCE,
+    ARGMAX,
+    KEPT_MASS,
+    KLD,
+    KLD_BOUND,
+    LOGPROB,
+    MAX_PROB,
+    REFERENCE_LOGPROB,
+)
 from evalq.errors import ModelError
 from evalq.results.estimate import Estimate, Sample
 from evalq.results.statistics import (
@@ -232,6 +241,14 @@ def delta_p_rms(pair: Pair) -> Estimate:
     return squares.estimate(rms, error / (2 * rms) if error is not None and rms > 0 else error, LOG)
 
 
+def reference_drift(pair: Pair) -> Estimate | None:
+    """Root mean square of ln p(token) as made again beside the model, minus as the reference gave it."""
+    again = pair.mine[REFERENCE_LOGPROB.name][pair.finite].astype(np.float64)
+    if not np.isfinite(again).all():
+        return None
+    return Estimate(value=math.sqrt(float(np.square(again - pair.ln_p).mean())))
+
+
 def _mean(of: Callable[[Pair], Sample | None], scale: Scale) -> Compute:
     """The mean of a sample, its interval on a scale."""
 
@@ -377,10 +394,20 @@ PAIR_METRICS: tuple[PairMetric, ...] = (
     ),
     *_buckets(),
     PairMetric(
+        "reference_drift", (), reference_drift, "nats",
+        "how exactly the reference's distributions were made again for KLD: RMS difference of ln p(token)",
+        mine=(REFERENCE_LOGPROB.name,), reference=_BOTH,
+    ),
+    PairMetric(
         "kld_bound", (), _mean(_column(KLD_BOUND.name), LOG), "nats per token",
         "a lower bound of the mean KL divergence, from the reference's most probable tokens and one bucket "
         "for the rest; another quantity than KLD",
         header="KLD bound", digits=5, mine=(KLD_BOUND.name,), with_kld=True,
+    ),
+    PairMetric(
+        "kept_mass", (), _mean(_column(KEPT_MASS.name), LOGIT), "",
+        "the reference's probability of the tokens behind KLD bound", header="mass kept", digits=2,
+        share=True, mine=(KLD_BOUND.name, KEPT_MASS.name), with_kld=True,
     ),
 )  # fmt: skip
 

@@ -132,14 +132,16 @@ class AgainstReference(_Measured):
 
     @property
     def significant(self) -> bool:
-        """Whether the 95% interval of the difference leaves zero out; False without an error.
+        """Whether the 95% interval of the difference leaves zero out; False without an error."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
-        Records of evalq 0.1 have no interval; there it is two standard errors to both sides.
-        """
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% interval of ln_ratio; of records of evalq 0.1 two standard errors to both sides."""
         found, error = self.metrics["ln_ratio"].interval, self.ln_ratio_stderr
-        if found is not None:
-            return not found[0] <= 0 <= found[1]
-        return error is not None and abs(self.ln_ratio) > 2 * error
+        if found is None and error is not None:
+            return self.ln_ratio - 2 * error, self.ln_ratio + 2 * error
+        return found
 
 
 class ModelFacts(_Frozen):
@@ -207,6 +209,8 @@ class ResultRecord(_Measured):
     @model_validator(mode="before")
     @classmethod
     def _from_plain(cls, given: Any) -> Any:
+        if isinstance(given, Mapping):
+            given = {k: v for k, v in given.items() if k != "verdict"}  # of --json, made anew
         return cls.gather(given, FLAT)
 
     @model_serializer(mode="wrap")
@@ -276,10 +280,8 @@ class ResultRecord(_Measured):
 
         None without a reference or an error.
         """
-        per_unit = self._tokens_per_unit
-        found = (
-            None if self.against_reference is None else self.against_reference.metrics["ln_ratio"].interval
-        )
+        against, per_unit = self.against_reference, self._tokens_per_unit
+        found = None if against is None else against.interval
         if found is None or per_unit is None:
             return None
         return exp(per_unit * found[0]) - 1, exp(per_unit * found[1]) - 1

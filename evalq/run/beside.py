@@ -33,7 +33,8 @@ class Asked:
     @property
     def stored(self) -> tuple[str, ...]:
         """Names of the columns in the store."""
-        return tuple(stored_name(name, self.kept and self.kept.family) for name in self.columns)
+        family = None if self.kept is None else self.kept.family
+        return tuple(stored_name(name, family) for name in self.columns)
 
 
 def asked_of_reference(settings: RunSettings) -> Asked:

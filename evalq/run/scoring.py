@@ -4,13 +4,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evalq.checkpoint.adapter import read_adapter
 from evalq.data.tokens import TokenStream, cut, read_stream
@@ -149,7 +150,8 @@ class _Beside:
 
     def stored(self, columns: Sequence[str]) -> tuple[str, ...]:
         """Names in the store."""
-        return tuple(stored_name(name, self.kept and self.kept.family) for name in columns)
+        family = None if self.kept is None else self.kept.family
+        return tuple(stored_name(name, family) for name in columns)
 
     def keeps_all(self, plan: WindowPlan) -> bool:
         """Whether every row asked for is kept."""
@@ -161,9 +163,7 @@ class _Beside:
             return self
         try:
             if model.reference_head is None:
-                raise ModelError(
-                    "the engine does not show what its distributions are made of", "engine_error"
-                )
+                raise ModelError("the engine does not show what its distributions are made of", "bad_option")
             self.keep.begin(model.reference_head, plan, self.keep_most_bytes)
         except ModelError as error:
             model.notes.append(f"no KL divergence against it: {error.message}")
@@ -276,7 +276,7 @@ class _Work:
                 windows = [self.plan.windows[index] for index in indices]
                 ids_BT = np.stack([window.ids(self.stream.ids_N, prefix) for window in windows])
                 first = windows[0].first_target(len(prefix))
-                inputs = self.beside.inputs(windows, columns) or {}
+                inputs: Mapping[str, NDArray[Any]] = self.beside.inputs(windows, columns) or {}
                 found.append((tuple(indices), Batch(ids_BT, first, columns, inputs)))
         return found
 

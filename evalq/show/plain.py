@@ -18,7 +18,7 @@ from typing import Any
 _JOINERS = "\u200c\u200d"
 # Control, format, surrogate, and the separators of lines and paragraphs.
 _UNSAFE_KINDS = ("Cc", "Cf", "Cs", "Zl", "Zp")
-_MARKDOWN_ACTIVE = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
+_MARKDOWN_ACTIVE = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
 _MARKDOWN_LINK = re.compile(r"(?<=http):(?=//)|(?<=https):(?=//)|(?<=ftp):(?=//)|(?<=www)\.", re.IGNORECASE)
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 

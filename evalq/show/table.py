@@ -14,6 +14,7 @@ from evalq.results.estimate import Estimate
 from evalq.results.metrics import METRICS, Metric
 from evalq.results.paired import PAIR_METRICS, PairMetric
 from evalq.results.record import ResultRecord, require_comparable
+from evalq.results.verdict import verdict
 from evalq.show.columns import MAJOR, MINOR, Column, markdown_table, print_columns
 from evalq.show.console import say
 from evalq.show.floors import floor_lines, mark
@@ -25,7 +26,8 @@ from evalq.show.significance import rules, verdict_lines
 _CSV_FIELDS = (
     "label layer_bpw head_bpw vram_gb ppl ppl_stderr status tokens_scored tokens_per_second load_seconds "
     "disk_gib format bits_per_byte word_ppl top1 tokens_nonfinite peak_memory_gib engine engine_version "
-    "protocol key error error_category remedy reference ppl_ratio ln_ratio ln_ratio_stderr significant notes"
+    "protocol key error error_category remedy reference ppl_ratio ln_ratio ln_ratio_stderr significant notes "
+    "verdict"
 ).split()
 # Rows of metrics that have a column of their own as the perplexity of the protocol.
 _HEADLINES = ("ppl", "word_ppl")
@@ -77,7 +79,7 @@ def print_table(records: Sequence[ResultRecord], console: Console, kld: bool = F
     for line in explanations(table, kept):
         say(console, (line, "dim"))
     for label, text, style in verdict_lines(records):
-        say(console, f"{label}: ", (text, style))
+        say(console, f"  {label}: ", (text, style))
     for record in records:
         if record.error:
             say(console, (record.label, "red"), f": {record.error.message} → {record.error.remedy}")
@@ -189,7 +191,10 @@ def explanations(table: Shown, columns: Sequence[Column[ResultRecord]]) -> list[
     scored = [record for record in table.records if record.status == "ok"]
     windows = scored[0].comparison.get("windows") if scored else None
     if isinstance(windows, int) and windows < ENOUGH_WINDOWS:
-        lines.append(f"too few windows: {windows}, fewer than {ENOUGH_WINDOWS}; standard errors are rough")
+        lines.append(
+            f"too few windows: {windows}, fewer than {ENOUGH_WINDOWS}; standard errors are rough and 95% "
+            "intervals wide"
+        )
     if any(record.headline_ppl is None for record in scored):
         lines.append(
             f"no perplexity per {_unit(scored)}: it needs the text as a whole, and max_tokens cuts it; "
@@ -209,8 +214,8 @@ def markdown(records: Sequence[ResultRecord], kld: bool = False) -> str:
     text += f"\n{markdown_cell(caption(records))}.\n"
     verdicts = (f"{label}: {text}" for label, text, _ in verdict_lines(records))
     lines = [
-        *verdicts,
         *explanations(table, every),
+        *verdicts,
         *(f"note {i}: {note}" for i, note in enumerate(table.notes, 1)),
     ]
     failures = [
@@ -237,8 +242,14 @@ def as_csv(records: Sequence[ResultRecord]) -> str:
 
 
 def as_json(records: Sequence[ResultRecord]) -> str:
-    """The records as they are."""
-    return json_text([record.model_dump() for record in records])
+    """The records as they are, each with its verdict."""
+    return json_text([record.model_dump() | {"verdict": _verdict(record)} for record in records])
+
+
+def _verdict(record: ResultRecord) -> str | None:
+    """In one line, None where there is none."""
+    found = verdict(record)
+    return None if found is None else found.text
 
 
 def _flat(record: ResultRecord) -> dict[str, Any]:
@@ -252,6 +263,7 @@ def _flat(record: ResultRecord) -> dict[str, Any]:
     if against is not None:
         row |= _plain_metrics(against.metrics) | {"reference": against.label}
         row |= {"ppl_ratio": against.ppl_ratio, "significant": against.significant}
+        row |= {"verdict": _verdict(record)}
     return row
 
 

