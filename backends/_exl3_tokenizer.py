@@ -49,6 +49,10 @@ class JsonTokenizer(Tokenizer):
         """Ids of a text; `add_special` adds what tokenizer.json's post-processor puts around it."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, special tokens included."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of a checkpoint directory. Raises ModelError when there is none."""

@@ -163,6 +163,26 @@ def tokenize(vocab: Any, text: str, add_special: bool = False, capacity: int | N
     )
 
 
+def detokenize(vocab: Any, ids: list[int]) -> str:
+    """The text of ids by the model's own vocabulary, special tokens included.
+
+    Args:
+        vocab: llama_vocab pointer.
+        ids: of this vocabulary.
+    """
+    llama_cpp = engine()
+    tokens = np.asarray(ids, np.int32)
+    pointer = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+    room = 16 * len(ids) + 16
+    for _ in range(2):
+        text = ctypes.create_string_buffer(room)
+        count = llama_cpp.llama_detokenize(vocab, pointer, len(ids), text, room, False, True)
+        if count >= 0:
+            return text.raw[:count].decode("utf-8", errors="replace")
+        room = -count  # the number of bytes it needs
+    raise ModelError(f"llama_detokenize failed on {len(ids)} tokens", "engine_error")
+
+
 def has_vocabulary(vocab: Any) -> bool:
     """Whether the file holds a tokenizer at all."""
     return bool(engine().llama_vocab_type(vocab) != _VOCAB_TYPE_NONE)

@@ -61,6 +61,10 @@ class _Tokenizer(Tokenizer):
     def encode(self, text: str, add_special: bool) -> list[int]:
         return list(text.encode(errors="surrogatepass"))
 
+    def decode(self, ids: list[int]) -> str:
+        """The bytes as text; BOS and EOS as nothing."""
+        return bytes(token for token in ids if token < 256).decode(errors="replace")
+
 
 class FakeBackend(Backend):
     """An engine that makes its numbers up, reproducibly."""

@@ -185,6 +185,10 @@ class GgufTokenizer(Tokenizer):
         ids: list[int] = _llama.tokenize(self._vocab, text, add_special)
         return ids
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, special tokens included."""
+        return _llama.detokenize(self._vocab, ids)
+
 
 def load_tokenizer(path: Path) -> GgufTokenizer:
     """The tokenizer of a GGUF file or of a directory that holds one, without its weights.

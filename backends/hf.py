@@ -254,6 +254,10 @@ class _Tokenizer(Tokenizer):
         # verbose=False: that a text is longer than the model's positions is what windows are for.
         return list(self._tokenizer(text, add_special_tokens=add_special, verbose=False)["input_ids"])
 
+    def decode(self, ids: list[int]) -> str:
+        """Nothing tidied up: every space is the text's own."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def chat_prefix(self) -> list[int]:
         """The opening of a chat, as exllamav3's compare_q puts it before every window."""
         user = {"role": "user", "content": "Say something."}

@@ -34,6 +34,7 @@ evalq COMMAND --help says more."""
 COMMANDS = {
     "compare": ("score models on one text; table and chart", "evalq.cli.compare"),
     "results": ("show the results that are stored", "evalq.cli.results"),
+    "tokens": ("where a model differs most from the reference, token by token", "evalq.cli.tokens"),
     "inspect": ("look into a checkpoint: format, bits, what is wrong with it", "evalq.cli.inspect"),
     "plan": ("will a model fit on a GPU with vLLM", "evalq.cli.plan"),
     "memory": ("read from vLLM's logs where the memory went", "evalq.cli.memory"),

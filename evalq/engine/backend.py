@@ -243,6 +243,10 @@ class Tokenizer(ABC):
     def encode(self, text: str, add_special: bool) -> list[int]:
         """Ids of a text; `add_special` adds what the tokenizer puts around a text by itself."""
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, special tokens included; the ids themselves where an engine does not say."""
+        return "".join(f"<{token}>" for token in ids)
+
     def chat_prefix(self) -> list[int]:
         """Ids of the opening of a chat, by the tokenizer's own template. Raises ModelError without one."""
         raise ModelError("this tokenizer has no chat template", "tokenizer_mismatch", "remove chat_template")

@@ -46,6 +46,35 @@ class TokenizeJob(_Job):
     out: str
 
 
+class DecodePiece(BaseModel):
+    """Tokens that may follow a text.
+
+    Args:
+        before: ids of the text.
+        tokens: each of them on its own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    before: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+class DecodeJob(_Job):
+    """Tell the text of token ids, an event for each piece. No code of the checkpoint is run.
+
+    Args:
+        backend: canonical name, of one with tokenizers.
+        path: of the tokenizer's directory or file.
+        pieces: what to decode.
+    """
+
+    kind: Literal["decode"] = "decode"
+    backend: str
+    path: str
+    pieces: tuple[DecodePiece, ...]
+
+
 class LoraJob(BaseModel):
     """An adapter to put on the model."""
 
@@ -103,7 +132,7 @@ class ScoreJob(_Job):
     reference: str | None = None
 
 
-Job = TokenizeJob | ScoreJob
+Job = TokenizeJob | ScoreJob | DecodeJob
 _JOBS: TypeAdapter[Job] = TypeAdapter(Job)
 
 

@@ -1,4 +1,4 @@
-"""A worker's job: text -> token stream."""
+"""A worker's jobs with a tokenizer: text -> token stream, and ids -> text."""
 
 import contextlib
 import faulthandler
@@ -17,10 +17,12 @@ from evalq.data.windows import StreamFacts
 from evalq.engine.backend import Tokenizer
 from evalq.engine.registry import backend
 from evalq.errors import ModelError
-from evalq.run.job import TokenizeJob
+from evalq.run.job import DecodeJob, TokenizeJob
 
 # A chat template is a program of the checkpoint. An honest one takes milliseconds.
 TEMPLATE_SECONDS = 10
+# As much of a text as decides how the next token is written after it.
+_TAIL_TOKENS = 8
 
 
 def tokenize(job: TokenizeJob, emit: Callable[..., None]) -> None:
@@ -50,6 +52,30 @@ def tokenize(job: TokenizeJob, emit: Callable[..., None]) -> None:
         "prefix_ids": prefix,
     }
     write_stream(Path(job.out), np.asarray(ids, np.int64), described)
+
+
+def decode(job: DecodeJob, emit: Callable[..., None]) -> None:
+    """Tell the text of each piece: what stands before, and every token as it continues that.
+
+    Raises:
+        ModelError: there is no such tokenizer.
+    """
+    tokenizer = backend(job.backend).load_tokenizer(Path(job.path))
+    emit("loaded")
+    for piece in job.pieces:
+        before = tokenizer.decode(list(piece.before))
+        tail = list(piece.before[-_TAIL_TOKENS:])
+        emit("decoded", before=before, tokens=[_continued(tokenizer, tail, token) for token in piece.tokens])
+
+
+def _continued(tokenizer: Tokenizer, tail: list[int], token: int) -> str:
+    """A token's own text after others: many tokenizers drop the space before the first one."""
+    if not 0 <= token < tokenizer.vocab_size:
+        return f"<{token}>"
+    shorter, longer = tokenizer.decode(tail), tokenizer.decode([*tail, token])
+    if longer.startswith(shorter) and len(longer) > len(shorter):
+        return longer[len(shorter) :]
+    return tokenizer.decode([token])  # it ends a character that the others began
 
 
 def _facts(tokenizer: Tokenizer, ids: list[int], ends: list[int]) -> StreamFacts:

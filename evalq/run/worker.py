@@ -22,9 +22,9 @@ from typing import Any, TextIO
 
 from evalq.engine.failures import from_exception, remedy_of
 from evalq.errors import EvalqError, ModelError, StoreError
-from evalq.run.job import ScoreJob, TokenizeJob, from_line
+from evalq.run.job import DecodeJob, ScoreJob, TokenizeJob, from_line
 from evalq.run.scoring import score
-from evalq.run.tokenizing import tokenize
+from evalq.run.tokenizing import decode, tokenize
 
 Emit = Callable[..., None]
 
@@ -43,6 +43,8 @@ def main() -> int:
         job = from_line(line)
         if isinstance(job, TokenizeJob):
             tokenize(job, told)
+        elif isinstance(job, DecodeJob):
+            decode(job, told)
         else:
             assert isinstance(job, ScoreJob)
             score(job, told)

@@ -10,6 +10,7 @@ from conftest import Runs
 
 from evalq.errors import ModelError
 from evalq.run import tokenizing
+from evalq.run.job import DecodeJob, DecodePiece, from_line, to_line
 
 ENDLESS = (
     "{% for a in range(99999) %}{% for b in range(99999) %}{% if a == b + 1000000 %}x{% endif %}{% endfor %}"
@@ -61,3 +62,19 @@ def test_a_template_without_an_end_ends_the_run_in_one_line(
     assert code == 2 and not records
     last = capsys.readouterr().err.splitlines()[-1]
     assert "the chat template took longer than 10 s" in last and "Traceback" not in last
+
+
+def test_tokens_continue_what_stands_before_them() -> None:
+    events: list[tuple[str, dict[str, object]]] = []
+    pieces = (
+        DecodePiece(before=tuple(b"Hello "), tokens=(ord("w"), 300, -1)),
+        DecodePiece(before=tuple("naï".encode()[:-1]), tokens=("ï".encode()[1],)),
+        DecodePiece(before=(), tokens=(ord("x"),)),
+    )
+    job = DecodeJob(backend="fake", path="nowhere", pieces=pieces)
+    tokenizing.decode(job, lambda event, **fields: events.append((event, fields)))
+    told = [fields for event, fields in events if event == "decoded"]
+    assert told[0] == {"before": "Hello ", "tokens": ["w", "<300>", "<-1>"]}
+    assert told[1]["before"] == "na\ufffd" and told[1]["tokens"] == ["\ufffd"]
+    assert told[2] == {"before": "", "tokens": ["x"]}
+    assert from_line(to_line(job)) == job
