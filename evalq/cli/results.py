@@ -29,7 +29,6 @@ exit code: 0, also where some result is damaged"""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     add_store(parser)
-    parser.add_argument("--kld", action="store_true", help="with KL divergence, where it was measured")
     parser.add_argument("--json", action="store_true", help="the records as a list")
     parser.add_argument("--kld", action="store_true", help="KL divergence too, where it is stored")
 

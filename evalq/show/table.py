@@ -27,7 +27,7 @@ _CSV_FIELDS = (
     "label layer_bpw head_bpw vram_gb ppl ppl_stderr status tokens_scored tokens_per_second load_seconds "
     "disk_gib format bits_per_byte word_ppl top1 tokens_nonfinite peak_memory_gib engine engine_version "
     "protocol key error error_category remedy reference ppl_ratio ln_ratio ln_ratio_stderr significant notes "
-    "verdict"
+    "verdict kld_floor kld_floor_label"
 ).split()
 # Rows of metrics that have a column of their own as the perplexity of the protocol.
 _HEADLINES = ("ppl", "word_ppl")
@@ -264,6 +264,8 @@ def _flat(record: ResultRecord) -> dict[str, Any]:
         row |= _plain_metrics(against.metrics) | {"reference": against.label}
         row |= {"ppl_ratio": against.ppl_ratio, "significant": against.significant}
         row |= {"verdict": _verdict(record)}
+        if against.floor is not None:
+            row |= {"kld_floor": against.floor.kld.value, "kld_floor_label": against.floor.label}
     return row
 
 

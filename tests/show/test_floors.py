@@ -1,7 +1,11 @@
 """Floors in words, on terminals and in Markdown."""
 
+import csv
+import json
+
 from result_records import diverging, record, terminal
 
+from evalq.results.floor import with_floors
 from evalq.results.record import ResultRecord
 from evalq.show import table
 from evalq.show.floors import floor_lines
@@ -71,3 +75,13 @@ def test_a_value_at_the_floor_is_marked_in_every_table() -> None:
 def test_the_label_of_a_control_is_shown_and_not_obeyed() -> None:
     text = terminal(lambda console: table.print_table(run(0.05, EVIL), console, True), 80)
     assert "\x1b" not in text and "\\x1b[2J" in text
+
+
+def test_csv_and_json_carry_the_floor() -> None:
+    records = with_floors(run(0.05))
+    rows = {row["label"]: row for row in csv.DictReader(table.as_csv(records).splitlines())}
+    assert (rows["FP8"]["kld_floor"], rows["FP8"]["kld_floor_label"]) == ("0.00031", "BF16 vLLM")
+    assert rows["Q4"]["kld_floor"] == rows["BF16"]["kld_floor"] == ""
+    found = {one["label"]: one["against_reference"] for one in json.loads(table.as_json(records))}
+    assert found["FP8"]["floor"]["kld"]["value"] == 0.00031 and found["FP8"]["floor"]["engine"] == "vllm"
+    assert found["Q4"]["floor"] is None and found["BF16"] is None
