@@ -22,7 +22,7 @@ YAxis = Literal["ppl", "kld"]
 LARGEST_Y = 1e12
 LARGEST_X = 1e6
 # A floor so many times below the best model is named instead of drawn: the points need the room.
-FLOOR_DEPTH = 30.0
+FLOOR_DEPTH = 100.0
 NAME_CHARACTERS = 32
 
 

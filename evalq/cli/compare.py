@@ -184,7 +184,8 @@ def run(arguments: argparse.Namespace) -> int:
         noise_floor=arguments.noise_floor,
         reference_most_bytes=int(arguments.reference_max_gb * 10**9),
     )
-    with ConsoleReporter(errors, len(specs), arguments.quiet) as reporter:
+    n_models = len(specs) + arguments.noise_floor
+    with ConsoleReporter(errors, n_models, arguments.quiet) as reporter:
         records = compare(data, specs, store, settings, reporter)
     _print(arguments, records, errors)
     _print_statistics(arguments, records, store, errors)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from evalq.results.floor import EngineFloor, at_floor, floors
 from evalq.results.record import ResultRecord
-from evalq.show.numbers import estimate
+from evalq.show.numbers import digits_for, estimate
 
 MARK = "<floor"
 _KLD_DIGITS = 5
@@ -38,7 +38,7 @@ def _line(found: EngineFloor, reference: str) -> str:
         if found.is_references:
             why = "it is the reference's own engine; --noise-floor measures it where the engine can (hf)"
         return f"floor of {found.engine} is unknown: {why}"
-    value = estimate(floor.kld.value, floor.kld.stderr, _KLD_DIGITS)
+    value = estimate(floor.kld.value, floor.kld.stderr, digits_for(floor.kld.value, _KLD_DIGITS))
     how = f"{floor.label} against {reference}"
     if floor.kind == "noise":
         how = f"{reference} with every layer's output times (1 + 2^-9 normal)"

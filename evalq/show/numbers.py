@@ -16,6 +16,13 @@ def number(value: float | None, digits: int) -> str:
     return f"{value:,.{digits}f}"
 
 
+def digits_for(value: float, least: int) -> int:
+    """Decimals that leave three digits of a small number: at least so many, at most nine."""
+    if not 0 < abs(value) < 1:
+        return least
+    return min(max(least, 2 - math.floor(math.log10(abs(value)))), 9)
+
+
 def change_percent(ratio: float, stderr: float | None) -> str:
     """How far a ratio is from 1, in percent, with its standard error."""
     change = 100 * (ratio - 1)

@@ -18,7 +18,7 @@ from evalq.results.verdict import verdict
 from evalq.show.columns import MAJOR, MINOR, Column, markdown_table, print_columns
 from evalq.show.console import say
 from evalq.show.floors import floor_lines, mark
-from evalq.show.numbers import NOTHING, change_percent, estimate, number
+from evalq.show.numbers import NOTHING, change_percent, digits_for, estimate, number
 from evalq.show.plain import csv_cell, json_text, markdown_cell
 from evalq.show.significance import rules, verdict_lines
 
@@ -27,11 +27,12 @@ _CSV_FIELDS = (
     "label layer_bpw head_bpw vram_gb ppl ppl_stderr status tokens_scored tokens_per_second load_seconds "
     "disk_gib format bits_per_byte word_ppl top1 tokens_nonfinite peak_memory_gib engine engine_version "
     "protocol key error error_category remedy reference ppl_ratio ln_ratio ln_ratio_stderr significant notes "
-    "verdict"
+    "verdict kld_floor kld_floor_label"
 ).split()
 # Rows of metrics that have a column of their own as the perplexity of the protocol.
 _HEADLINES = ("ppl", "word_ppl")
 KLD_HEADER = next(row.header for row in PAIR_METRICS if row.name == KLD.name)
+_BY_DECADES = (KLD.name, KLD_BOUND.name)
 ENOUGH_WINDOWS = 8
 _LONGEST_NAME_IN_HEADER = 16
 
@@ -152,7 +153,7 @@ def _cell_text(
 
 def _priority(row: Metric | PairMetric) -> int:
     """The KLD that was asked for stays longer than what is always there."""
-    return MAJOR if row.name in (KLD.name, KLD_BOUND.name) else MINOR
+    return MAJOR if row.name in _BY_DECADES else MINOR
 
 
 def _own_estimate(record: ResultRecord, name: str) -> Estimate | None:
@@ -167,7 +168,11 @@ def _metric_text(
     row: Metric | PairMetric, get: Callable[[ResultRecord], Estimate | None], record: ResultRecord
 ) -> str:
     found = get(record)
-    return "" if found is None else estimate(found.value, found.stderr, row.digits, row.share)
+    if found is None:
+        return ""
+    # An 8-bit format's KLD may be a thousandth of a 2-bit one's in the same column.
+    digits = digits_for(found.value, row.digits) if row.name in _BY_DECADES else row.digits
+    return estimate(found.value, found.stderr, digits, row.share)
 
 
 def caption(records: Sequence[ResultRecord]) -> str:
@@ -264,6 +269,8 @@ def _flat(record: ResultRecord) -> dict[str, Any]:
         row |= _plain_metrics(against.metrics) | {"reference": against.label}
         row |= {"ppl_ratio": against.ppl_ratio, "significant": against.significant}
         row |= {"verdict": _verdict(record)}
+        if against.floor is not None:
+            row |= {"kld_floor": against.floor.kld.value, "kld_floor_label": against.floor.label}
     return row
 
 

@@ -162,6 +162,8 @@ def test_tokenizer_json_alone_gives_the_ids_of_transformers(smollm2: Any) -> Non
     text = " It's 1,024 of 4 ½\n\n\n = = Café = = \t日本 <|im_start|>"
     for special in (False, True):
         assert alone.encode(text, special) == theirs.encode(text, special)
+    ids = alone.encode(text, False)
+    assert alone.decode(ids) == theirs.decode(ids) == text
     assert (alone.bos_id, alone.eos_id, alone.adds_bos) == (theirs.bos_id, theirs.eos_id, theirs.adds_bos)
     assert alone.vocab_size == theirs.vocab_size
 

@@ -227,9 +227,13 @@ def test_tokenizer_without_weights(smollm2_gguf):
     for text in (PROSE, "", "  two spaces\n\n\ttab é 漢字 🙂", "<|im_start|> is text here", "a\0b"):
         expected = llm.tokenize(text.encode(), add_bos=False, special=False)
         assert tokenizer.encode(text) == expected
+        assert tokenizer.decode(expected) == text
     assert len(tokenizer.encode("<|im_start|>")) > 1
     assert (tokenizer.bos_id, tokenizer.eos_id) == (llm.token_bos(), llm.token_eos())
     assert (tokenizer.adds_bos, tokenizer.vocab_size) == (False, 49152)
+    special = llm.tokenize(b"<|im_start|>", add_bos=False, special=True)
+    assert len(special) == 1 and tokenizer.decode(special) == "<|im_start|>"
+    assert len(tokenizer.decode(expected * 500)) > 500  # more than there is room for at first
     llm.close()
 
 
