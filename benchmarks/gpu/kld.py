@@ -4,10 +4,11 @@
     python benchmarks/gpu/kld.py document --work DIR
 
 `--wikitext` names wiki.test.raw. FORMATS holds int4/, nvfp4a16/ ... as benchmarks/gpu/checkpoints.py makes
-them, and exl3-4.0/ by exllamav3. Engines in environments of their own are named in WORK/evalq.toml ([engines.vllm] python = ...). `run` scores
-everything beside the checkpoint in transformers, then times each engine with and without KL divergence: in
-one process taking turns, vLLM in two, because it is another engine with it. `document` keeps what `run` left
-of every model in docs/results/kld-h200.json and writes the tables between the marks of docs/divergence.md.
+them, and exl3-4.0/ by exllamav3. Engines in environments of their own are named in WORK/evalq.toml
+([engines.vllm] python = ...). `run` scores everything beside the checkpoint in transformers, then times each
+engine with and without KL divergence: in one process taking turns, vLLM in two, because it is another engine
+with it. `document` keeps what `run` left of every model in docs/results/kld-h200.json and writes the tables
+between the marks of docs/divergence.md.
 """
 
 import argparse
