@@ -111,7 +111,8 @@ def _dot(weights_RV: Any, values_RV: Any) -> Any:
     """Sum of products of each row. Where the weight is zero the value does not matter, were it infinite."""
     import torch
 
-    total = torch.einsum("rv,rv->r", weights_RV, values_RV)
+    # Faster and more exact than einsum, which multiplies matrices of one row.
+    total = torch.linalg.vecdot(weights_RV, values_RV)
     if bool(total.isfinite().all()):
         return total
     return torch.where(weights_RV > 0, weights_RV * values_RV, 0.0).sum(dim=-1)

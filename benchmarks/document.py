@@ -28,6 +28,7 @@ the lowest and highest of one turn.
 
 TITLES = {
     "agreement": "Agreement with the tool that defines each protocol",
+    "divergence": "KL divergence: agreement and cost",
     "speed": "Speed",
     "memory": "Memory",
     "latency": "Latency",

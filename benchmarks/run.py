@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import agreement
+import divergence
 import latency
 import memory
 import speed
@@ -33,8 +34,9 @@ SECTIONS: dict[str, dict[str, Case]] = {
     "memory": memory.CASES,
     "latency": latency.CASES,
     "sweep": sweep.CASES,
+    "divergence": divergence.CASES,
 }
-ALL = ("latency", "agreement", "memory", "speed")
+ALL = ("latency", "agreement", "divergence", "memory", "speed")
 
 
 def _arguments() -> argparse.Namespace:

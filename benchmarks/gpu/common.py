@@ -94,14 +94,14 @@ def write_data_spec(work: Path, wikitext: Path, tokenizer: Path, windows: int = 
 
 
 def start_compare(
-    specs: list[dict[str, Any]], stem: str, data: Path, store: Path
+    specs: list[dict[str, Any]], stem: str, data: Path, store: Path, *more: str
 ) -> tuple[Path, subprocess.Popen[bytes]]:
     """Start the command line on some models; where its records will be, and the process."""
     work = data.parent
     spec_file, out = work / f"{stem}.json", work / f"{stem}.records.json"
     spec_file.write_text(json.dumps(specs))
     command = [sys.executable, "-m", "evalq", "compare", "-d", str(data), "-m", str(spec_file)]
-    command += ["--json", str(out), "--store", str(store), "--offline", "--try-anyway", "-q"]
+    command += ["--json", str(out), "--store", str(store), "--offline", "--try-anyway", "-q", *more]
     if (work / "evalq.toml").is_file():
         command += ["--config", str(work / "evalq.toml")]
     return out, subprocess.Popen(command, cwd=work)

@@ -9,8 +9,10 @@ says `evalq.data.windows.cluster_of`: a window, or a stretch of text as long as 
 on which the figure is closer to normal (`Scale`). In the simulations of tests/results/test_coverage.py they
 hold the truth in 93 to 97% of runs from 4 clusters on. They hold it less often where the clusters' own
 values are very skewed (a lognormal spread of 0.8 between windows and 8 windows: 91%; of 1.2: 85%), and where
-topics go on over several windows: then neighbouring clusters are not independent either, and no grouping that
-is still small enough to count helps.
+topics go on over several windows: then neighbouring clusters are not independent either. On WikiText-2 in
+windows of 256 tokens the mean NLL of SmolLM2-135M correlates by 0.3 from one window to the next, so the
+error of its own perplexity is too small; its difference to a reference does not (BF16 beside Q8_0: -0.2,
+within the noise of 48 windows).
 """
 
 import math

@@ -25,7 +25,7 @@ class Exactly:
 
     def __init__(self, head: ReferenceHead, ids_WT: Any, rows: Any, first_target: int) -> None:
         assert head.weight is not None and head.dtype == "float32"
-        self.weight = np.array(NumpyReference(head)._weight, np.float64)
+        self.weight = NumpyReference(head)._block(slice(None)).astype(np.float64)
         self.rows = unpack_float32(rows)
         self.ids, self.first = ids_WT, first_target
         shape = (len(ids_WT), ids_WT.shape[1] - first_target)
