@@ -185,11 +185,9 @@ def _kept(handle: Handle, request: LoadRequest) -> ReferenceHead:
         soft_cap=head.softcap or None,
     )
     rows_RH = torch.randn(8, weight.columns, dtype=torch.float16, device=inner.weight.device)
+    reference = TorchReference(kept, rows_RH.device)
     with torch.inference_mode():
-        own, again = (
-            head_logits(handle, rows_RH),
-            TorchReference(kept, rows_RH.device).logits(pack_rows(rows_RH)),
-        )
+        own, again = head_logits(handle, rows_RH), reference.logits(reference.rows(pack_rows(rows_RH)))
     return kept if torch.allclose(own, again, rtol=1e-2, atol=1e-2) else by_logits
 
 

@@ -268,6 +268,7 @@ def exactly(found: dict[str, Any]) -> None:
 
 
 @engine
+@pytest.mark.filterwarnings("default")
 def test_kld_is_what_float64_makes_of_the_same_logits_in_any_chunks(kept: Kept) -> None:
     found = kept.scored("int4", exact=True)
     exactly(found)

@@ -38,7 +38,9 @@ class Exactly:
         def both(tap: Any, piece: Any, logprobs_nV: Any, token_ids_n: Any) -> None:
             if piece.window is not None:
                 self.pieces += 1
-                self.piece(int(Path(piece.window.file).stem), piece.position, logprobs_nV.double().numpy())
+                # Requests are numbered on and on, windows from 0.
+                window = int(Path(piece.window.file).stem) % len(self.ids)
+                self.piece(window, piece.position, logprobs_nV.double().numpy())
             reduce(tap, piece, logprobs_nV, token_ids_n)
 
         _vllm_worker.Tap._reduce = both  # type: ignore[method-assign]
