@@ -47,7 +47,7 @@ OPTIONS = {
     "batch_windows": Option(
         (int,), "windows per batch (default: as many as fit in 2048 tokens, at least 1)", minimum=1
     ),
-    "head_chunk_mib": Option((int,), "most MiB of logits at once (default 32, with KL divergence 128)", minimum=1),
+    "head_chunk_mib": Option((int,), "most MiB of logits at once (default 32, 128 with --kld)", minimum=1),
 }
 _INSTALL = "pip install exllamav3"
 BATCH_TOKENS = 2048

@@ -28,6 +28,8 @@ from evalq.files import read_json, write_atomic, write_json
 
 _BESIDE = (*DIVERGENCE_COLUMNS, KLD_BOUND.name, KEPT_MASS.name)
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError)
+# In run.json: the rows could not be kept within that many bytes, which the run's notes explain.
+NOT_KEPT = "reference_not_kept_within"
 # Left free on the disk, for the results beside the reference.
 _SPARE_BYTES = 2**28
 

@@ -15,6 +15,7 @@ from evalq.engine.registry import resolve_engine
 from evalq.errors import ModelError, StoreError
 from evalq.files import write_json
 from evalq.results.floor import with_floors
+from evalq.results.kept import NOT_KEPT, KeptReference
 from evalq.results.record import ResultRecord
 from evalq.results.reference import Candidate, Reference, choose, with_reference
 from evalq.results.store import ResultDir, Store, family_of, key_of
@@ -155,8 +156,7 @@ def _score(
     kept = {"label": model.spec.plain_label, **identity}
     try:
         for attempt in range(_TRIES):
-            whole = keep is None or attempt > 0 or bool(keep.there(data.plan).all())
-            if whole and result.answers(data.plan, asked.stored):
+            if _kept(keep, data, result, settings, attempt) and result.answers(data.plan, asked.stored):
                 result.tidy()
                 record = scored_record(model, data, identity, result)
                 if record is not None:
@@ -181,6 +181,15 @@ def _score(
         failure = {"category": error.category, "message": error.message, "remedy": remedy_of(error)}
         write_json(result.path / "failure.json", failure)
         return failed_record(model.spec, model, data, error, result.path.name), False
+
+
+def _kept(
+    keep: KeptReference | None, data: PreparedData, result: ResultDir, settings: RunSettings, attempt: int
+) -> bool:
+    """Whether the rows asked for are there, or it is known that they cannot be kept."""
+    if keep is None or attempt > 0 or keep.there(data.plan).all():
+        return True
+    return bool(result.run().get(NOT_KEPT, -1) == settings.reference_most_bytes)
 
 
 def _recalled(model: Unprepared, data: PreparedData, store: Store) -> tuple[ResultRecord, bool]:

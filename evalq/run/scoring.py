@@ -22,7 +22,7 @@ from evalq.engine.registry import backend
 from evalq.errors import ModelError, StoreError
 from evalq.files import write_json
 from evalq.machine import environment
-from evalq.results.kept import KeptInputs, KeptReference, stored_name
+from evalq.results.kept import NOT_KEPT, KeptInputs, KeptReference, stored_name
 from evalq.results.store import Held, ResultDir
 from evalq.results.tokens import Part, Timing
 from evalq.run.checks import check_model, check_reference, check_scores, given_columns
@@ -70,6 +70,8 @@ def score(job: ScoreJob, emit: Emit) -> None:
         run = _described(job, model, memory_after_load) | {"load_seconds": load_seconds}
         given = set(held.complete)
         run["columns_not_given"] = [name for name in beside.stored(job.columns) if name not in given]
+        if job.keep_reference is not None and beside.keep is None:
+            run[NOT_KEPT] = job.keep_most_bytes
         result.finish(held, run)
         loader.close(model)
 

@@ -179,6 +179,9 @@ def test_an_engine_that_shows_no_distributions_is_no_reference_and_says_so(
     assert code == 0 and all(record["status"] == "ok" for record in records)
     assert any("does not show what its distributions" in note for note in records[0]["notes"])
     assert "no KL divergence against it" in capsys.readouterr().err
+    # That is known from then on: nothing is started for it again.
+    assert runs.compare(runs.data(), models, more=("--kld",))[0] == 0
+    assert capsys.readouterr().err.count("(stored)") == 2
 
 
 def test_a_reference_over_the_limit_is_scored_and_not_kept(runs: Runs, tmp_path: Path) -> None:
