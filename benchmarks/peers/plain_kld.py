@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import torch
+import wikitext
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 
@@ -40,8 +41,8 @@ def main() -> None:
     parser.add_argument("--top", type=int, nargs="*", default=[])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    text = args.text.read_text(encoding="utf-8")
-    ids = torch.tensor(AutoTokenizer.from_pretrained(args.reference)(text, verbose=False).input_ids)
+    tokenizer = AutoTokenizer.from_pretrained(args.reference)
+    ids = torch.tensor(tokenizer(wikitext.joined(args.text), verbose=False).input_ids)
     windows = ids[: args.rows * args.length].reshape(args.rows, args.length)
     reference, model = load(args.reference), load(args.model)
     kld, same, accepted = [], [], []
