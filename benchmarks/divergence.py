@@ -58,7 +58,7 @@ def _values(record: dict[str, Any]) -> dict[str, float]:
 def _llama(bench: Bench) -> list[Figure]:
     """The second half of eight chunks of 512, F16 against two quantizations.
 
-    llama-perplexity keeps the reference in 16 bits and leaves out what is below -16 nats, which its KLD shows.
+    llama-perplexity keeps the reference in 16 bits and leaves out what is below -16 nats; its KLD shows that.
     So evalq's is compared with float64 from the same logits too, and that says how large the tool's floor is.
     """
     quantizations = ("Q8_0", "Q4_1")
