@@ -65,7 +65,9 @@ def run(given: argparse.Namespace) -> None:
     chosen = {"dataset": "wiki2", "path": str(given.wikitext), "protocol": "gptq"}
     data.write_text(json.dumps(chosen | {"eval_len": LENGTH, "max_rows": WINDOWS}))
     models, store = specs(given.hf, given.formats), work / f"store-{given.name}"
-    out, process = start_compare(models, given.name, data, store, "--noise-floor")
+    out, process = start_compare(
+        models, given.name, data, store, "--noise-floor", "-kld", *_picture(work, given.name)
+    )
     process.wait()
     records = json.loads(out.read_text())
     timed = [spec for spec in models if spec["label"].split(" ", 1)[1] in ("BF16", "FP16", "int4", "4.0")]
@@ -81,6 +83,10 @@ def run(given: argparse.Namespace) -> None:
         "cost": {spec["label"]: cost(spec, data, store, work, given.python) for spec in timed},
     }
     (work / f"{given.name}.kld.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _picture(work: Path, name: str) -> tuple[str, str]:
+    return "-o", str(work / f"{name}.png")
 
 
 def slim(record: dict[str, Any]) -> dict[str, Any]:
