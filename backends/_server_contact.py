@@ -132,7 +132,7 @@ def _ask(client: Client, way: Way, model: str, ids_T: Ids, start: int, stop: Eve
     url = f"{client.settings.base_url}/completions"
     ids = ids_T.tolist()
     body = {"model": model, "prompt": ids, "temperature": 0, **way.asks}
-    entries = 1 + max(int(way.asks.get(name) or 0) for name in ("prompt_logprobs", "logprobs"))
+    entries = max(int(way.asks.get(name) or 0) for name in ("prompt_logprobs", "logprobs"))
     content = client.post(url, body, (BYTES_PER_TOKEN + BYTES_PER_ENTRY * entries) * (len(ids) + 32), stop)
     answer = parsed(Answer, content, url)
     if len(answer.choices) != 1:

@@ -61,7 +61,8 @@ def test_echo_without_the_top_token_knows_top1_above_one_half_only() -> None:
     tokens = ["token_id:7", "token_id:3", "token_id:9", "text"]
     found = {"tokens": tokens, "token_logprobs": [None, -0.5, -0.8, -1.0]}
     scores = ECHO.read(Choice.model_validate({"logprobs": found}), IDS[0, :3], 0)
-    assert set(scores) == {"logprob", "top1_bound"}
+    assert "top1" not in scores
+    assert scores["top_ids"].tolist() == [[3], [9]]  # the text's own, where nothing else is told
     assert scores["top1_bound"].tolist() == [True, False]
     assert scores["logprob"].tolist() == pytest.approx([-0.5, -0.8])
 
