@@ -11,8 +11,6 @@ import numpy as np
 
 from evalq.backends._server_client import Client, NotOffered
 from evalq.backends._server_scores import (
-    TOP_IDS,
-    TOP_LOGPROBS,
     WAYS,
     Answer,
     Ids,
@@ -20,7 +18,6 @@ from evalq.backends._server_scores import (
     ModelList,
     Version,
     Way,
-    asking_for,
     parsed,
 )
 from evalq.backends._vllm_scores import Row
@@ -76,13 +73,12 @@ def find_served(client: Client) -> Served:
     notes = [] if version or fingerprint else [UNKNOWN_VERSION]
     if card.parent is not None:
         notes.append(f"the server puts the adapter {client.shown(card.id)} on {client.shown(card.parent)}")
-    columns = tuple(name for name in columns if name not in (TOP_IDS, TOP_LOGPROBS))
     return Served(card.id, frozenset(names), card, way, columns, fingerprint, versions, tuple(notes))
 
 
 def with_top(client: Client, served: Served, top_k: int) -> Served:
     """The same model, asked for its most probable tokens too. Raises ModelError where that is too many."""
-    way = asking_for(served.way, top_k)
+    way = served.way.with_top(top_k)
     try:
         _ask(client, way, served.name, PROBE_IDS, 0, Event())
     except NotOffered as error:
@@ -132,15 +128,16 @@ def _ask(client: Client, way: Way, model: str, ids_T: Ids, start: int, stop: Eve
     url = f"{client.settings.base_url}/completions"
     ids = ids_T.tolist()
     body = {"model": model, "prompt": ids, "temperature": 0, **way.asks}
-    entries = max(int(way.asks.get(name) or 0) for name in ("prompt_logprobs", "logprobs"))
-    content = client.post(url, body, (BYTES_PER_TOKEN + BYTES_PER_ENTRY * entries) * (len(ids) + 32), stop)
+    bytes_per_token = BYTES_PER_TOKEN + BYTES_PER_ENTRY * way.top_k
+    content = client.post(url, body, bytes_per_token * (len(ids) + 32), stop)
     answer = parsed(Answer, content, url)
     if len(answer.choices) != 1:
         raise ModelError(f"the server returned {len(answer.choices)} choices, not 1", "engine_error")
     choice = answer.choices[0]
     if choice.prompt_token_ids is not None and choice.prompt_token_ids != ids:
         raise ModelError("the server scored other ids than those of the window", "engine_error")
-    return answer, way.read(choice, ids_T, start)
+    row = way.read(choice, ids_T, start)
+    return answer, row | way.read_top(choice, ids_T, start) if way.top_k else row
 
 
 def _list(client: Client) -> list[ModelCard]:

@@ -97,7 +97,8 @@ def parsed(kind: type[_M], content: bytes, url: str) -> _M:
         raise NotOffered(message, "engine_error") from None
 
 
-# Beside a window's columns: ids and log-probabilities of the most probable tokens, [R, K].
+# Beside a window's columns, where they are asked for: the most probable tokens' ids and log-probabilities,
+# [R, K].
 TOP_IDS, TOP_LOGPROBS = "top_ids", "top_logprobs"
 
 
@@ -109,11 +110,20 @@ class Way:
         name: of the parameter that asks for them.
         asks: what the request holds beside model and prompt.
         read: scores of a choice for a window's ids, from a position on.
+        read_top: the most probable tokens in a choice that was read, from a position on.
+        top_k: how many of them are asked for; 0 for none.
     """
 
     name: str
     asks: dict[str, Any]
     read: Callable[[Choice, Ids, int], Row]
+    read_top: Callable[[Choice, Ids, int], Row]
+    top_k: int = 0
+
+    def with_top(self, top_k: int) -> "Way":
+        """The same way, with the most probable tokens of each position."""
+        parameter = "prompt_logprobs" if "prompt_logprobs" in self.asks else "logprobs"
+        return replace(self, asks=self.asks | {parameter: top_k}, top_k=top_k)
 
 
 def from_prompt_logprobs(choice: Choice, ids_T: Ids, start: int) -> Row:
@@ -133,10 +143,9 @@ def from_prompt_logprobs(choice: Choice, ids_T: Ids, start: int) -> Row:
                 raise _missing(at)
             entries.append(element[token])
     logprob = _checked([entry.logprob for entry in entries], ids_T, start)
-    top = _top([{i: entry.logprob for i, entry in (element or {}).items()} for element in found[start + 1 :]])
     if any(entry.rank is None for entry in entries):
-        return {LOGPROB.name: logprob, TOP1_BOUND.name: logprob > LN_HALF} | top
-    return {LOGPROB.name: logprob, TOP1.name: np.array([entry.rank == 1 for entry in entries], bool)} | top
+        return {LOGPROB.name: logprob, TOP1_BOUND.name: logprob > LN_HALF}
+    return {LOGPROB.name: logprob, TOP1.name: np.array([entry.rank == 1 for entry in entries], bool)}
 
 
 def from_echo(choice: Choice, ids_T: Ids, start: int) -> Row:
@@ -155,7 +164,6 @@ def from_echo(choice: Choice, ids_T: Ids, start: int) -> Row:
     _check_count(min(len(found.tokens), len(found.token_logprobs), len(ids_T)), len(ids_T))
     logprobs: list[float] = []
     best: list[float] = []
-    top: list[dict[int, float]] = []
     for at, token in enumerate(ids_T.tolist()):
         if found.tokens[at] != f"token_id:{token}":
             raise _other_token(found.tokens[at], token, at)
@@ -167,11 +175,27 @@ def from_echo(choice: Choice, ids_T: Ids, start: int) -> Row:
         others = found.top_logprobs[at] if found.top_logprobs and at < len(found.top_logprobs) else None
         if others:
             best.append(max(others.values()))
-        top.append(_by_id(others or {}) | {int(ids_T[at]): value})
     logprob = _checked(logprobs, ids_T, start)
     if len(best) < len(logprobs):
-        return {LOGPROB.name: logprob, TOP1_BOUND.name: logprob > LN_HALF} | _top(top)
-    return {LOGPROB.name: logprob, TOP1.name: np.asarray(logprobs) >= np.asarray(best)} | _top(top)
+        return {LOGPROB.name: logprob, TOP1_BOUND.name: logprob > LN_HALF}
+    return {LOGPROB.name: logprob, TOP1.name: np.asarray(logprobs) >= np.asarray(best)}
+
+
+def top_of_prompt_logprobs(choice: Choice, ids_T: Ids, start: int) -> Row:
+    """The most probable tokens at the places of ids_T[start+1:], and these themselves."""
+    elements = (choice.prompt_logprobs or [])[start + 1 : len(ids_T)]
+    return _top([{i: entry.logprob for i, entry in (element or {}).items()} for element in elements])
+
+
+def top_of_echo(choice: Choice, ids_T: Ids, start: int) -> Row:
+    """The most probable tokens at the places of ids_T[start+1:], and these themselves."""
+    found = choice.logprobs
+    assert found is not None, "read before"
+    places = range(start + 1, len(ids_T))
+    told = found.top_logprobs or []
+    tops = [told[at] if at < len(told) else None for at in places]
+    own = [{int(ids_T[at]): found.token_logprobs[at] or 0.0} for at in places]
+    return _top([_by_id(top or {}) | mine for top, mine in zip(tops, own, strict=True)])
 
 
 WAYS = (
@@ -179,19 +203,15 @@ WAYS = (
         "prompt_logprobs",
         {"max_tokens": 1, "prompt_logprobs": 0, "return_token_ids": True},
         from_prompt_logprobs,
+        top_of_prompt_logprobs,
     ),
     Way(
         "echo",
         {"max_tokens": 0, "echo": True, "logprobs": 1, "return_tokens_as_token_ids": True},
         from_echo,
+        top_of_echo,
     ),
 )
-
-
-def asking_for(way: Way, top_k: int) -> Way:
-    """The same way, with the most probable tokens of each position."""
-    parameter = "prompt_logprobs" if "prompt_logprobs" in way.asks else "logprobs"
-    return replace(way, asks=way.asks | {parameter: top_k})
 
 
 def _by_id(tokens: dict[str, float]) -> dict[int, float]:

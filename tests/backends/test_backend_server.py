@@ -61,10 +61,21 @@ def test_echo_without_the_top_token_knows_top1_above_one_half_only() -> None:
     tokens = ["token_id:7", "token_id:3", "token_id:9", "text"]
     found = {"tokens": tokens, "token_logprobs": [None, -0.5, -0.8, -1.0]}
     scores = ECHO.read(Choice.model_validate({"logprobs": found}), IDS[0, :3], 0)
-    assert "top1" not in scores
-    assert scores["top_ids"].tolist() == [[3], [9]]  # the text's own, where nothing else is told
+    assert set(scores) == {"logprob", "top1_bound"}
     assert scores["top1_bound"].tolist() == [True, False]
     assert scores["logprob"].tolist() == pytest.approx([-0.5, -0.8])
+
+
+def test_an_echo_holds_the_most_probable_tokens_beside_the_text_s_own() -> None:
+    found = {
+        "tokens": ["token_id:7", "token_id:3", "token_id:9", "text"],
+        "token_logprobs": [None, -0.5, -0.8, -1.0],
+        "top_logprobs": [None, {"token_id:4": -0.25, "token_id:3": -0.5}, None, {"x": -1.0}],
+    }
+    top = ECHO.with_top(2).read_top(Choice.model_validate({"logprobs": found}), IDS[0, :3], 0)
+    assert top["top_ids"].tolist() == [[4, 3], [9, -1]]
+    assert top["top_logprobs"][0].tolist() == [-0.25, -0.5] and top["top_logprobs"][1, 0] == -0.8
+    assert np.isnan(top["top_logprobs"][1, 1])
 
 
 def change(at: int, value: Any) -> Callable[[dict[str, Any]], Any]:
