@@ -15,10 +15,12 @@ from evalq.engine.backend import Ids, Scores
 from evalq.engine.columns import (
     ACCEPTANCE,
     ARGMAX,
+    BESIDE,
     ENTROPY,
     KLD,
     LOGPROB,
     MAX_PROB,
+    OWN,
     REFERENCE_LOGPROB,
     TOP1,
 )
@@ -62,8 +64,6 @@ class LlamaBatch:
         )
 
 
-OWN = (LOGPROB, TOP1, ENTROPY, ARGMAX, MAX_PROB)
-BESIDE = (KLD, ACCEPTANCE, REFERENCE_LOGPROB)
 COLUMNS = (*OWN, *BESIDE)
 
 

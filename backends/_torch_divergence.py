@@ -21,7 +21,6 @@ from evalq.engine.columns import (
     TOP1,
 )
 
-COLUMNS = (KLD, ACCEPTANCE, REFERENCE_LOGPROB)
 # Logits of both models that are worked on at once, on a CPU.
 _CACHE_BYTES = 2**21
 
@@ -36,7 +35,7 @@ def compare_rows(
         reference_RV: of the reference, likewise. Its V may differ: the first columns of
             both are the same tokens, and what only one has is left out of KLD and acceptance.
         targets_R: int64.
-        columns: names of COLUMNS and of what a model says alone.
+        columns: names of OWN and BESIDE in `evalq.engine.columns`.
         out: name -> [R].
     """
     n_rows, n_vocab = logits_RV.shape

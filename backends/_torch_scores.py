@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from evalq.backends import _torch_divergence
-from evalq.engine.columns import ARGMAX, ENTROPY, LOGPROB, MAX_PROB, TOP1
+from evalq.engine.columns import ARGMAX, BESIDE, ENTROPY, LOGPROB, MAX_PROB, OWN, TOP1
 
-OWN = (LOGPROB, TOP1, ENTROPY, ARGMAX, MAX_PROB)
-COLUMNS = (*OWN, *_torch_divergence.COLUMNS)
+COLUMNS = (*OWN, *BESIDE)
 
 
 def score_rows(

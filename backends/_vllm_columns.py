@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from evalq.backends import _torch_divergence, _torch_scores
+from evalq.backends import _torch_scores
 from evalq.engine.backend import Batch, LoadRequest, Scores
-from evalq.engine.columns import DEFAULT_COLUMNS, LOGPROB, REFERENCE, REFERENCE_ROWS, TOP1
+from evalq.engine.columns import BESIDE, DEFAULT_COLUMNS, LOGPROB, REFERENCE, REFERENCE_ROWS, TOP1
 from evalq.engine.reference import ReferenceHead
 from evalq.errors import ModelError
 
@@ -87,7 +87,7 @@ class WorkerColumns:
         """Make the workers ready; None where they cannot, and a note says why. Raises ModelError."""
         names = [LOGPROB.name, *(column.name for column in MORE if column.name in request.columns)]
         if request.reference is None:
-            beside = {column.name for column in _torch_divergence.COLUMNS}
+            beside = {column.name for column in BESIDE}
             names = [name for name in names if name not in beside]
         keep = str(request.path) if REFERENCE_ROWS in request.columns else None
         head = None if request.reference is None else request.reference.model_dump_json()

@@ -26,15 +26,15 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from evalq.backends import _torch_divergence
 from evalq.backends._torch_reference import TorchReference, pack_rows, reference_notes
 from evalq.backends._torch_scores import score_rows
 from evalq.backends._vllm_reference import HeadProbe
+from evalq.engine.columns import BESIDE
 from evalq.engine.failures import from_exception
 from evalq.engine.reference import Packed, ReferenceHead
 from evalq.errors import ModelError
 
-_BESIDE = {column.name for column in _torch_divergence.COLUMNS}
+_BESIDE = {column.name for column in BESIDE}
 
 
 class ScoringExtension:

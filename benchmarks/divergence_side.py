@@ -22,15 +22,14 @@ from evalq.data.sources import settings_of
 from evalq.data.tokens import read_stream
 from evalq.data.windows import WindowPlan, plan_windows
 from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest
-from evalq.engine.columns import ACCEPTANCE, DEFAULT_COLUMNS, DISTRIBUTION_COLUMNS, REFERENCE_LOGPROB
-from evalq.engine.columns import KLD as KLD_COLUMN
+from evalq.engine.columns import BESIDE, DEFAULT_COLUMNS, OWN
 from evalq.engine.registry import backend
 from evalq.results.kept import KeptInputs, KeptReference
 from evalq.spec.files import load_data_spec
 
 MIB = 2**20
 PLAIN = DEFAULT_COLUMNS
-KLD = (*DEFAULT_COLUMNS, *DISTRIBUTION_COLUMNS, KLD_COLUMN.name, ACCEPTANCE.name, REFERENCE_LOGPROB.name)
+KLD = tuple(column.name for column in (*OWN, *BESIDE))
 
 
 def batches(

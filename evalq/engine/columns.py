@@ -51,8 +51,13 @@ ACCEPTANCE = Column("acceptance", "float32", "sum min(p, q)", (REFERENCE,))
 # What goes into the reference's head: no number a token, so it is kept apart (`evalq.results.kept`).
 REFERENCE_ROWS = "reference_rows"
 
-# What every comparison asks for; metrics that need more ask for more.
+# What logits give alone, beside the whole distribution of a reference, and beside a part of it.
+OWN = (LOGPROB, TOP1, ENTROPY, ARGMAX, MAX_PROB)
+BESIDE = (KLD, ACCEPTANCE, REFERENCE_LOGPROB)
+BOUND = (KLD_BOUND, KEPT_MASS)
+
+# Names of what every comparison asks for; metrics that need more ask for more.
 DEFAULT_COLUMNS = (LOGPROB.name, TOP1.name)
-# What a comparison with KL divergence asks of every model, and of those beside the reference.
-DISTRIBUTION_COLUMNS = (ENTROPY.name, ARGMAX.name, MAX_PROB.name)
-DIVERGENCE_COLUMNS = (KLD.name, ACCEPTANCE.name, REFERENCE_LOGPROB.name, KEPT_MASS.name)
+# Names of what a comparison with KL divergence asks of every model, and of those beside the reference.
+DISTRIBUTION_COLUMNS = tuple(column.name for column in OWN if column.name not in DEFAULT_COLUMNS)
+DIVERGENCE_COLUMNS = (*(column.name for column in BESIDE), KEPT_MASS.name)

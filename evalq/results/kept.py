@@ -21,12 +21,12 @@ from safetensors.numpy import save
 
 from evalq.data.windows import Window, WindowPlan
 from evalq.engine.backend import Inputs
-from evalq.engine.columns import DIVERGENCE_COLUMNS, KEPT_MASS, KLD_BOUND, REFERENCE
+from evalq.engine.columns import BESIDE, BOUND, REFERENCE
 from evalq.engine.reference import Packed, ReferenceHead
 from evalq.errors import ModelError, StoreError
 from evalq.files import read_json, write_atomic, write_json
 
-_BESIDE = (*DIVERGENCE_COLUMNS, KLD_BOUND.name, KEPT_MASS.name)
+_BESIDE = {column.name for column in (*BESIDE, *BOUND)}
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError)
 # In run.json: the rows could not be kept within that many bytes, which the run's notes explain.
 NOT_KEPT = "reference_not_kept_within"
