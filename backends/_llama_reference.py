@@ -30,11 +30,6 @@ _HEADS = ("output.weight", "token_embd.weight")
 _SAME_LOGITS = 0.02
 
 
-def logits_head(vocab_size: int) -> ReferenceHead:
-    """For a model whose logits are kept."""
-    return ReferenceHead(kind="logits", dtype="float32", width=vocab_size, vocab_size=vocab_size)
-
-
 def hidden_head(path: Path, vocab_size: int) -> ReferenceHead | None:
     """For a model with a plain head; None for a quantized one. Raises ModelError for a damaged file."""
     checkpoint = open_checkpoint(path)

@@ -97,19 +97,12 @@ def find_weight(path: Path, weight_Vd: Any, n_rows: int | None = None) -> Stored
         dtype: Any = _STORED.get(tensor.dtype)
         if dtype is None or tuple(tensor.shape) != shape:
             continue
-        place = StoredWeight(
-            file=str(tensor.file.resolve()),
-            offset=tensor.offset,
-            dtype=dtype,
-            rows=shape[0],
-            columns=shape[1],
-            sha256="",
-        )
+        place = StoredWeight.at(tensor.file, tensor.offset, dtype, shape)
         if all(
             torch.equal(_block(place, rows, weight_Vd.dtype), weight_Vd[rows].cpu())
             for rows in _blocks(len(weight_Vd))
         ):
-            return StoredWeight.found(tensor.file, tensor.offset, dtype, (shape[0], shape[1]))
+            return place.with_digest()
     return None
 
 
@@ -117,6 +110,25 @@ def dtype_name(dtype: Any) -> DType | None:
     """The name of a torch data type that rows can be kept in, else None."""
     name: Any = str(dtype).removeprefix("torch.")
     return name if name in ("float32", "bfloat16", "float16") else None
+
+
+def makes_again(head: ReferenceHead, rows_Rd: Any, logits_RV: Any) -> bool:
+    """Whether a model's own logits come out of what is kept, tried on some rows.
+
+    No attribute says all that a model does to its logits. Other orders of sums differ by rounding, other
+    formulas by far more.
+
+    Args:
+        head: how the distributions would be kept.
+        rows_Rd: what went into the model's head.
+        logits_RV: what came out; the head is tried on the device where they are.
+    """
+    import torch
+
+    reference = TorchReference(head, logits_RV.device)
+    again = reference.logits(reference.rows(pack_rows(rows_Rd))).float()
+    same = again.shape == logits_RV.shape
+    return same and bool(torch.allclose(again, logits_RV.float(), rtol=1e-2, atol=1e-2))
 
 
 class TorchReference:

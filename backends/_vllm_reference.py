@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evalq.backends._torch_reference import TorchReference, dtype_name, find_weight, pack_rows
+from evalq.backends._torch_reference import dtype_name, find_weight, makes_again
 from evalq.engine.reference import ReferenceHead
 
 # vLLM's methods of layers that multiply by the weight as it is.
@@ -84,13 +84,4 @@ class HeadProbe:
             multiplier=float(processor.scale),
             soft_cap=processor.soft_cap,
         )
-        return head if self._made_again_by(head) else None
-
-    def _made_again_by(self, head: ReferenceHead) -> bool:
-        """Tried on the row, because no attribute says what else a model does to its logits."""
-        import torch
-
-        reference = TorchReference(head, "cpu")
-        again = reference.logits(reference.rows(pack_rows(self.rows_1d))).float()
-        same = again.shape == self.logits_1V.shape
-        return same and bool(torch.allclose(again, self.logits_1V, rtol=1e-2, atol=1e-2))
+        return head if makes_again(head, self.rows_1d, self.logits_1V) else None

@@ -27,7 +27,7 @@ from evalq.backends._exl3_run import (
 )
 from evalq.backends._exl3_tokenizer import TOKENIZER_FILE, load_tokenizer
 from evalq.backends._tokenize import tokenize_fn
-from evalq.backends._torch_reference import TorchReference, find_weight, pack_rows, reference_notes
+from evalq.backends._torch_reference import TorchReference, find_weight, makes_again, reference_notes
 from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, to_arrays
 from evalq.checkpoint.adapter import Adapter
 from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Option, Scores, Tokenizer
@@ -167,7 +167,7 @@ def _kept(handle: Handle, request: LoadRequest) -> ReferenceHead:
     import torch
 
     size, head = handle.vocab_size, handle.head
-    by_logits = ReferenceHead(kind="logits", dtype="float32", width=size, vocab_size=size)
+    by_logits = ReferenceHead.of_logits(size)
     inner: Any = getattr(head, "inner", None)
     if inner is None or inner.quant_type != "fp16" or inner.bias is not None or request.adapter is not None:
         return by_logits
@@ -185,10 +185,9 @@ def _kept(handle: Handle, request: LoadRequest) -> ReferenceHead:
         soft_cap=head.softcap or None,
     )
     rows_RH = torch.randn(8, weight.columns, dtype=torch.float16, device=inner.weight.device)
-    reference = TorchReference(kept, rows_RH.device)
     with torch.inference_mode():
-        own, again = head_logits(handle, rows_RH), reference.logits(reference.rows(pack_rows(rows_RH)))
-    return kept if torch.allclose(own, again, rtol=1e-2, atol=1e-2) else by_logits
+        again = makes_again(kept, rows_RH, head_logits(handle, rows_RH))
+    return kept if again else by_logits
 
 
 def _check(request: LoadRequest) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from evalq.backends import _llama
 from evalq.backends._llama_batch import COLUMNS, LlamaBatch, score_rows
 from evalq.backends._llama_plan import OPTIONS, Plan, context_params, make_plan, model_params
-from evalq.backends._llama_reference import gives_again, hidden_head, logits_head, pack
+from evalq.backends._llama_reference import gives_again, hidden_head, pack
 from evalq.engine.backend import (
     Backend,
     Batch,
@@ -146,7 +146,7 @@ def _kept(handle: _Handle) -> ReferenceHead:
         if hidden_Nd is not None and gives_again(head, hidden_Nd, logits_NV):
             return head
         llama_cpp.llama_set_embeddings(handle.context, False)
-    return logits_head(vocab_size)
+    return ReferenceHead.of_logits(vocab_size)
 
 
 def _score(handle: _Handle, batch: Batch) -> Scores:

@@ -384,7 +384,7 @@ def _kept(handle: _Handle, path: Path, vocab_size: int) -> ReferenceHead | None:
     if plain and getattr(head, "bias", None) is None and head.weight.ndim == 2:
         weight = find_weight(path, head.weight.detach())
     if weight is None:
-        return ReferenceHead(kind="logits", dtype=dtype, width=vocab_size, vocab_size=vocab_size)
+        return ReferenceHead.of_logits(vocab_size)
     return ReferenceHead(
         kind="hidden",
         dtype=dtype,

@@ -63,12 +63,20 @@ class StoredWeight(BaseModel):
         return self.rows * self.columns * (4 if self.dtype == "float32" else 2)
 
     @classmethod
-    def found(cls, file: Path, offset: int, dtype: DType, shape: tuple[int, int]) -> "StoredWeight":
-        """A matrix in a file, its digest taken. Raises OSError."""
-        bare = cls(
+    def at(cls, file: Path, offset: int, dtype: DType, shape: tuple[int, int]) -> "StoredWeight":
+        """A matrix in a file, to be looked at before its digest is taken."""
+        return cls(
             file=str(file.resolve()), offset=offset, dtype=dtype, rows=shape[0], columns=shape[1], sha256=""
         )
-        return bare.model_copy(update={"sha256": bare.digest_now()})
+
+    @classmethod
+    def found(cls, file: Path, offset: int, dtype: DType, shape: tuple[int, int]) -> "StoredWeight":
+        """A matrix in a file, its digest taken. Raises OSError."""
+        return cls.at(file, offset, dtype, shape).with_digest()
+
+    def with_digest(self) -> "StoredWeight":
+        """The same with the digest of the bytes that are there. Raises OSError."""
+        return self.model_copy(update={"sha256": self.digest_now()})
 
     def digest_now(self) -> str:
         """SHA-256 (hex) of the bytes that are there. Raises OSError."""
@@ -123,6 +131,11 @@ class ReferenceHead(BaseModel):
     multiplier: float = 1.0
     divisor: float = 1.0
     soft_cap: float | None = None
+
+    @classmethod
+    def of_logits(cls, vocab_size: int) -> "ReferenceHead":
+        """For a model whose logits are kept."""
+        return cls(kind="logits", dtype="float32", width=vocab_size, vocab_size=vocab_size)
 
     @property
     def row_shape(self) -> tuple[int, str]:

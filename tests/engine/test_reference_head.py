@@ -89,6 +89,19 @@ def test_logits_made_again_are_those_of_the_head(tmp_path: Path, dtype: torch.dt
         np.testing.assert_allclose(logits, exact.numpy(), atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_head_is_kept_only_where_it_makes_the_models_own_logits(tmp_path: Path, dtype: torch.dtype) -> None:
+    from evalq.backends._torch_reference import makes_again
+
+    weight, place = stored(tmp_path, dtype)
+    head = ReferenceHead(kind="hidden", dtype=place.dtype, width=WIDTH, vocab_size=VOCAB, weight=place)
+    rows = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    own = rows.float() @ weight.float().T
+    assert makes_again(head, rows, own)
+    assert not makes_again(head.model_copy(update={"soft_cap": 5.0}), rows, own)
+    assert not makes_again(head, rows, own[:, :-1])
+
+
 def test_a_head_that_has_changed_or_is_gone_is_told(tmp_path: Path) -> None:
     _, place = stored(tmp_path, torch.float32)
     file = Path(place.file)
