@@ -38,6 +38,10 @@ def test_wheel_holds_backends_charts_specs_and_texts(wheel: zipfile.ZipFile) -> 
         "evalq/specs/schema/data.schema.json",
         "evalq/data/sample.txt",
         "evalq/data/LICENSE-sample.md",
+        "evalq/data/samples/LICENSE.md",
+        "evalq/data/samples/chat.jsonl",
+        "evalq/data/samples/multilingual.txt",
+        "evalq/data/samples/code/ring_buffer.c",
         "evalq/checkpoint/gguf.py",
         "evalq/py.typed",
     ):
