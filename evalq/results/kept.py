@@ -39,6 +39,12 @@ def stored_name(column: str, family: str | None) -> str:
     return f"{column}@{family[:16]}" if family is not None and column in _BESIDE else column
 
 
+def stored_names(columns: Iterable[str], kept: "KeptReference | None") -> tuple[str, ...]:
+    """The names of columns in the store, of a model that is compared with `kept`."""
+    family = None if kept is None else kept.family
+    return tuple(stored_name(column, family) for column in columns)
+
+
 def plain_columns(columns: Mapping[str, Any], family: str | None) -> dict[str, Any]:
     """Stored columns by their plain names; those beside other references are left out."""
     ending = "" if family is None else f"@{family[:16]}"

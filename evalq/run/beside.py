@@ -7,7 +7,7 @@ from pathlib import Path
 from evalq.engine.backend import LAYER_NOISE
 from evalq.engine.columns import DISTRIBUTION_COLUMNS, DIVERGENCE_COLUMNS
 from evalq.engine.registry import resolve_engine
-from evalq.results.kept import KeptReference, stored_name
+from evalq.results.kept import KeptReference
 from evalq.results.record import ResultRecord
 from evalq.results.reference import Reference
 from evalq.results.store import Store, family_of
@@ -29,12 +29,6 @@ class Asked:
     columns: tuple[str, ...]
     keep: bool = False
     kept: KeptReference | None = None
-
-    @property
-    def stored(self) -> tuple[str, ...]:
-        """Names of the columns in the store."""
-        family = None if self.kept is None else self.kept.family
-        return tuple(stored_name(name, family) for name in self.columns)
 
 
 def asked_of_reference(settings: RunSettings) -> Asked:

@@ -15,7 +15,7 @@ from evalq.engine.registry import resolve_engine
 from evalq.errors import ModelError, StoreError
 from evalq.files import write_json
 from evalq.results.floor import with_floors
-from evalq.results.kept import NOT_KEPT, KeptReference
+from evalq.results.kept import NOT_KEPT, KeptReference, stored_names
 from evalq.results.record import ResultRecord
 from evalq.results.reference import Candidate, Reference, choose, with_reference
 from evalq.results.store import ResultDir, Store, family_of, key_of
@@ -156,7 +156,8 @@ def _score(
     kept = {"label": model.spec.plain_label, **identity}
     try:
         for attempt in range(_TRIES):
-            if _kept(keep, data, result, settings, attempt) and result.answers(data.plan, asked.stored):
+            settled = _rows_settled(keep, data, result, settings, attempt)
+            if settled and result.answers(data.plan, stored_names(asked.columns, asked.kept)):
                 result.tidy()
                 record = scored_record(model, data, identity, result)
                 if record is not None:
@@ -169,12 +170,7 @@ def _score(
             worker = WorkerSettings(
                 model.python, settings.timeout_seconds, settings.offline, result.path / "worker.log"
             )
-            job = _job(model, data, asked, result, kept).model_copy(
-                update={
-                    "keep_reference": None if keep is None else str(keep.path.resolve()),
-                    "keep_most_bytes": settings.reference_most_bytes,
-                }
-            )
+            job = _job(model, data, asked, result, kept, keep, settings.reference_most_bytes)
             _run_scoring(job, worker, reporter)
         raise StoreError(f"{result.path} is removed again and again", "use another --store for this run")
     except ModelError as error:
@@ -183,7 +179,7 @@ def _score(
         return failed_record(model.spec, model, data, error, result.path.name), False
 
 
-def _kept(
+def _rows_settled(
     keep: KeptReference | None, data: PreparedData, result: ResultDir, settings: RunSettings, attempt: int
 ) -> bool:
     """Whether the rows asked for are there, or it is known that they cannot be kept."""
@@ -228,7 +224,10 @@ def _job(
     asked: Asked,
     result: ResultDir,
     identity: dict[str, Any],
+    keep: KeptReference | None,
+    keep_most_bytes: int | None,
 ) -> ScoreJob:
+    """`keep` is where the model's rows go, of at most `keep_most_bytes`; None where nobody asks for them."""
     lora = model.adapter
     return ScoreJob(
         load=model.engine.load,
@@ -245,6 +244,8 @@ def _job(
         plan_digest=data.plan.digest,
         columns=asked.columns,
         reference=None if asked.kept is None else str(asked.kept.path.resolve()),
+        keep_reference=None if keep is None else str(keep.path.resolve()),
+        keep_most_bytes=keep_most_bytes,
         result_dir=str(result.path.resolve()),
         identity=identity,
         lora=None if lora is None else LoraJob(path=str(lora.path), name=lora.name),

@@ -22,7 +22,7 @@ from evalq.engine.registry import backend
 from evalq.errors import ModelError, StoreError
 from evalq.files import write_json
 from evalq.machine import environment
-from evalq.results.kept import NOT_KEPT, KeptInputs, KeptReference, stored_name
+from evalq.results.kept import NOT_KEPT, KeptInputs, KeptReference, stored_names
 from evalq.results.store import Held, ResultDir
 from evalq.results.tokens import Part, Timing
 from evalq.run.checks import check_model, check_reference, check_scores, given_columns
@@ -49,14 +49,15 @@ def score(job: ScoreJob, emit: Emit) -> None:
         if plan.digest != job.plan_digest:
             raise other_evalq(sys.executable, "cuts other windows out of the same text")
         beside = _Beside.of(job)
-        if result.answers(plan, beside.stored(job.columns)) and beside.keeps_all(plan):
+        asked = stored_names(job.columns, beside.kept)
+        if result.answers(plan, asked) and beside.keeps_all(plan):
             return
         write_json(result.path / "identity.json", job.identity)
         _require_same_engine(job)
         emit("loading")
         loader, scorer = backend(job.load), backend(job.forward)
         started = time.perf_counter()
-        model = _load(job, loader, stream, plan)
+        model = _load(job, loader, stream, plan, beside)
         load_seconds = time.perf_counter() - started
         check_model(model, stream, plan)
         emit("loaded", seconds=load_seconds, device=model.device)
@@ -69,7 +70,7 @@ def score(job: ScoreJob, emit: Emit) -> None:
         _require_same_engine(job)
         run = _described(job, model, memory_after_load) | {"load_seconds": load_seconds}
         given = set(held.complete)
-        run["columns_not_given"] = [name for name in beside.stored(job.columns) if name not in given]
+        run["columns_not_given"] = [name for name in asked if name not in given]
         if job.keep_reference is not None and beside.keep is None:
             run[NOT_KEPT] = job.keep_most_bytes
         result.finish(held, run)
@@ -83,7 +84,9 @@ def _stream(job: ScoreJob) -> TokenStream:
     return cut(stream, job.max_tokens)
 
 
-def _load(job: ScoreJob, loader: Backend, stream: TokenStream, plan: WindowPlan) -> LoadedModel:
+def _load(
+    job: ScoreJob, loader: Backend, stream: TokenStream, plan: WindowPlan, beside: "_Beside"
+) -> LoadedModel:
     request = LoadRequest(
         path=Path(job.path),
         window_tokens=plan.longest_tokens,
@@ -97,8 +100,8 @@ def _load(job: ScoreJob, loader: Backend, stream: TokenStream, plan: WindowPlan)
         token_ids_max=int(stream.ids_N.max()),
         adapter=read_adapter(Path(job.lora.path), job.lora.name) if job.lora else None,
         divide_work=job.divide_work,
-        columns=(*job.columns, REFERENCE_ROWS) if job.keep_reference else job.columns,
-        reference=None if job.reference is None else KeptReference(Path(job.reference)).head(),
+        columns=job.columns if beside.keep is None else (*job.columns, REFERENCE_ROWS),
+        reference=None if beside.kept is None else beside.kept.head(),
     )
     model = loader.load(request)
     if request.divide_work > 1:
@@ -150,11 +153,6 @@ class _Beside:
         kept = None if job.reference is None else KeptReference(Path(job.reference))
         return cls(keep, job.keep_most_bytes, kept)
 
-    def stored(self, columns: Sequence[str]) -> tuple[str, ...]:
-        """Names in the store."""
-        family = None if self.kept is None else self.kept.family
-        return tuple(stored_name(name, family) for name in columns)
-
     def keeps_all(self, plan: WindowPlan) -> bool:
         """Whether every row asked for is kept."""
         return self.keep is None or bool(self.keep.there(plan).all())
@@ -174,7 +172,7 @@ class _Beside:
 
     def missing(self, held: Held, columns: Sequence[str]) -> dict[int, tuple[str, ...]]:
         """Window -> plain names of what it lacks, its rows included."""
-        plain = dict(zip(self.stored(columns), columns, strict=True))
+        plain = dict(zip(stored_names(columns, self.kept), columns, strict=True))
         lacking = {
             index: tuple(plain[name] for name in names) for index, names in held.missing(plain).items()
         }
@@ -186,7 +184,7 @@ class _Beside:
 
     def inputs(self, windows: Sequence[Window], columns: Sequence[str]) -> KeptInputs | None:
         """What a batch needs, None for columns that need nothing."""
-        if self.kept is None or self.stored(columns) == tuple(columns):
+        if self.kept is None or stored_names(columns, self.kept) == tuple(columns):
             return None
         return KeptInputs(self.kept, tuple(windows))
 
@@ -259,7 +257,7 @@ class _Work:
             check_reference(kept, batch)
             kept = self.beside.keep_rows(kept, [self.plan.windows[index] for index in windows])
             tokens = int(np.prod(batch.shape))
-            stored = dict(zip(self.beside.stored(tuple(kept)), kept.values(), strict=True))
+            stored = dict(zip(stored_names(kept, self.beside.kept), kept.values(), strict=True))
             part = Part(windows, stored, Timing(took, tokens, self.options))
             self.result.write_part(part, self.plan)
             there, scored, seconds = there + len(windows), scored + tokens, seconds + took
