@@ -8,7 +8,7 @@ import difflib
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, islice, pairwise
+from itertools import groupby, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,14 +51,11 @@ class WindowPlan:
         protocol: the name in PROTOCOLS.
         windows: at least one, each with at least one target.
         prefix: token ids that windows put before themselves or over their first token.
-        overlapping: neighbouring windows share more stream tokens than one token of context, so their
-            scores are not independent of each other.
     """
 
     protocol: str
     windows: tuple[Window, ...]
     prefix: tuple[int, ...]
-    overlapping: bool
 
     @property
     def longest_tokens(self) -> int:
@@ -85,6 +82,11 @@ class WindowPlan:
     def window_of(self) -> NDArray[np.int64]:
         """The window of each scored token, int64 [n_targets]."""
         return np.repeat(np.arange(len(self.windows)), [window.n_targets for window in self.windows])
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether scores of neighbouring windows depend on each other: they share more than a token."""
+        return _overlapping(self.table[:, 0], self.table[:, 1])
 
     @cached_property
     def cluster_of(self) -> NDArray[np.int64]:
@@ -205,8 +207,7 @@ def plan_windows(settings: ProtocolSettings, facts: StreamFacts) -> WindowPlan:
             f"text has {len(windows)} windows of {settings.eval_len} tokens, max_rows is {settings.max_rows}",
             f"set max_rows to {len(windows)} or less, or lower eval_len",
         )
-    overlapping = any(before.end - after.start > 1 for before, after in pairwise(windows))
-    return WindowPlan(settings.name, windows, prefix, overlapping)
+    return WindowPlan(settings.name, windows, prefix)
 
 
 _SHORTER = "take a longer text or lower eval_len in the data spec"

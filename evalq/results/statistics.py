@@ -91,16 +91,6 @@ class Clusters:
         return math.sqrt(self.count / (self.count - 1) * float(np.square(sums).sum())) / self.of.size
 
 
-def clustered_stderr(x: Float64s, window_of: NDArray[np.integer]) -> float | None:
-    """Standard error of mean(x) when entries of one window are correlated: `Clusters.stderr` of x - mean.
-
-    Args:
-        x: values, [n].
-        window_of: any integer name of the window of each, [n].
-    """
-    return Clusters.named(window_of).stderr(x - x.mean())
-
-
 @dataclass(frozen=True)
 class Scale:
     """A scale on which an interval is symmetric.

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from evalq.data.windows import ProtocolSettings, StreamFacts, cluster_of, plan_windows
-from evalq.results.estimate import Estimate
+from evalq.results.estimate import Estimate, Sample
 from evalq.results.metrics import METRICS, Measured, TextScale, compute
 from evalq.results.paired import PAIR_METRICS, Pair, compare
-from evalq.results.statistics import clustered_stderr
+from evalq.results.statistics import Clusters
 
 TOKENS, FEW_TOKENS = 512, 96
 # Windows -> simulated runs.
@@ -154,7 +154,7 @@ def test_overlapping_windows_are_held_as_windows_side_by_side_are(protocol: str,
             pair = Pair({"logprob": ln_p - difference}, {"logprob": ln_p}, plan.cluster_of)
             ratios[plan.protocol] = compare(pair, (BY_NAME["ln_ratio"],))["ln_ratio"]
             if plan is overlapping:
-                naive.append(clustered_stderr(difference, plan.window_of))
+                naive.append(Sample(difference, Clusters.named(plan.window_of)).mean_stderr)
         one = ratios[protocol]
         assert one.stderr is not None and not one.stderr_is_lower_bound
         held.append(one)

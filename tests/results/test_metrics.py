@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from evalq.engine.failures import CATEGORIES
 from evalq.errors import ModelError
-from evalq.results.estimate import Estimate
+from evalq.results.estimate import Estimate, Sample
 from evalq.results.metrics import METRICS, Measured, Metric, TextScale, compute
 from evalq.results.paired import Pair, compare
 from evalq.results.record import AgainstReference, ResultRecord
-from evalq.results.statistics import clustered_stderr
+from evalq.results.statistics import Clusters
 
 
 def measured(logprob, window_of=None, *, top1=None, **scale) -> Measured:
@@ -126,6 +126,10 @@ def test_a_perplexity_beyond_float64_is_infinite_not_a_crash():
 
 
 # --- the error bar ----------------------------------------------------------------------------------------
+
+
+def clustered_stderr(x, window_of):
+    return Sample(x, Clusters.named(window_of)).mean_stderr
 
 
 @given(clustered())

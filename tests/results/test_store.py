@@ -15,8 +15,8 @@ from evalq.files import read_json, write_atomic, write_json
 from evalq.results.store import ResultDir, Store, key_of
 from evalq.results.tokens import Part, Timing
 
-PLAN = WindowPlan("gptq", tuple(Window(4 * i, 4 * i + 4, 4 * i + 1) for i in range(4)), (), False)
-OTHER = WindowPlan("gptq", tuple(Window(4 * i, 4 * i + 4, 4 * i) for i in range(4)), (7,), False)
+PLAN = WindowPlan("gptq", tuple(Window(4 * i, 4 * i + 4, 4 * i + 1) for i in range(4)), ())
+OTHER = WindowPlan("gptq", tuple(Window(4 * i, 4 * i + 4, 4 * i) for i in range(4)), (7,))
 
 
 def part(
