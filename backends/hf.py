@@ -221,8 +221,11 @@ def _score(handle: "_Handle", batch: Batch) -> Scores:
 
 
 def _logits(handle: "_Handle", rows_RH: Any) -> Any:
-    """Logits of hidden states, or the rows themselves where they are logits already, [R, V]."""
-    return rows_RH.clone() if handle.body is None else _finish(handle.model, handle.head(rows_RH))
+    """Logits of hidden states, or the rows themselves where they are logits already, [R, V].
+
+    They may be overwritten: nobody reads a model's logits after they were scored.
+    """
+    return rows_RH if handle.body is None else _finish(handle.model, handle.head(rows_RH))
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:

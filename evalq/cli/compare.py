@@ -284,6 +284,8 @@ def _print_statistics(
     arguments: argparse.Namespace, records: "Sequence[ResultRecord]", store: "Store", errors: "Console"
 ) -> None:
     """What --significance and --resolve ask for, where the table goes or would go."""
+    if not arguments.significance and arguments.resolve is None:
+        return
     from evalq.results.resolution import resolutions_of
     from evalq.results.significance import matrices_of
     from evalq.show.console import output, say
