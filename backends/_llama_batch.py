@@ -47,11 +47,21 @@ class LlamaBatch:
     def fill(self, ids_BP: Ids, first: int, scored_from: int) -> Any:
         """A llama_batch of positions first.. of each row; logits wanted at positions >= scored_from."""
         n_rows, n_positions = ids_BP.shape
-        n = ids_BP.size
-        self.token[:n] = ids_BP.ravel()
-        self.position[:n] = np.tile(np.arange(first, first + n_positions), n_rows)
-        self.sequence[:n] = np.repeat(np.arange(n_rows), n_positions)
-        self.wanted[:n] = self.position[:n] >= scored_from
+        position_N = np.tile(np.arange(first, first + n_positions), n_rows)
+        sequence_N = np.repeat(np.arange(n_rows), n_positions)
+        return self.fill_tokens(ids_BP.ravel(), position_N, sequence_N, position_N >= scored_from)
+
+    def fill_tokens(
+        self,
+        ids_N: NDArray[Any],
+        position_N: NDArray[Any],
+        sequence_N: NDArray[Any],
+        wanted_N: NDArray[np.bool_],
+    ) -> Any:
+        """A llama_batch of any tokens: position and sequence of each, and whether its logits are wanted."""
+        n = len(ids_N)
+        self.token[:n], self.position[:n] = ids_N, position_N
+        self.sequence[:n], self.wanted[:n] = sequence_N, wanted_N
         int32 = ctypes.POINTER(ctypes.c_int32)
         return _llama.engine().llama_batch(
             n_tokens=n,

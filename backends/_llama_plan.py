@@ -101,14 +101,36 @@ def model_params(plan: Plan, options: dict[str, Any]) -> Any:
 
 def context_params(plan: Plan, options: dict[str, Any]) -> Any:
     """llama_context_params: one sequence per window of a batch, each with cells for all its tokens."""
+    params = _params(plan, options, plan.batch_windows, plan.sequence_tokens)
+    params.n_batch, params.n_ubatch = plan.n_batch, plan.n_ubatch
+    return params
+
+
+def generation_params(plan: Plan, options: dict[str, Any], n_sequences: int, n_tokens: int) -> Any:
+    """llama_context_params for continuing prompts: cells for the tokens of each, llama.cpp's own steps.
+
+    Raises:
+        ModelError: bad_option, for more sequences than llama.cpp takes.
+    """
+    if n_sequences > _MAX_SEQUENCES:
+        message = f"{n_sequences} prompts at once, llama.cpp takes at most {_MAX_SEQUENCES}"
+        raise ModelError(message, "bad_option", "take a smaller batch")
+    params = _params(plan, options, n_sequences, n_tokens)
+    # A step holds a token of each sequence; a prompt goes in steps of llama.cpp's usual size unless a spec
+    # names another.
+    params.n_ubatch = max(n_sequences, options.get("n_ubatch", min(512, options.get("n_batch", 512))))
+    params.n_batch = max(params.n_ubatch, options.get("n_batch", 2048))
+    return params
+
+
+def _params(plan: Plan, options: dict[str, Any], n_sequences: int, n_tokens: int) -> Any:
     llama_cpp = _llama.engine()
     params = llama_cpp.llama_context_default_params()
     # llama.cpp gives each sequence n_ctx / n_seq_max cells, rounded up to 256.
-    params.n_ctx = plan.batch_windows * -(-plan.sequence_tokens // 256) * 256
-    params.n_seq_max = plan.batch_windows
+    params.n_ctx = n_sequences * -(-n_tokens // 256) * 256
+    params.n_seq_max = n_sequences
     params.kv_unified = False  # with one buffer for all, a window would also pay for the others' cells
     params.swa_full = False  # nothing is rolled back, so a sliding window needs no full-size cache
-    params.n_batch, params.n_ubatch = plan.n_batch, plan.n_ubatch
     params.n_threads = params.n_threads_batch = plan.threads
     params.no_perf = True
     flash_attn = {"auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO, True: 1, False: 0}

@@ -14,13 +14,24 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evalq.engine.backend import Backend, Batch, Ids, LoadedModel, LoadRequest, Option, Scores, Tokenizer
+from evalq.engine.backend import (
+    Backend,
+    Batch,
+    Generated,
+    Ids,
+    LoadedModel,
+    LoadRequest,
+    Option,
+    Scores,
+    Tokenizer,
+    check_generation,
+)
 from evalq.engine.columns import ENTROPY, LOGPROB, TOP1, TOP1_BOUND
 from evalq.errors import ModelError
 
@@ -30,6 +41,9 @@ OPTIONS = {
     "seed": Option((int,), "of hashed (default 0)", numeric=True),
     "batch_windows": Option((int,), "windows per batch (default 1)", minimum=1),
     "seconds_per_window": Option((int, float), "sleep that long for each window (default 0)", minimum=0),
+    "seconds_per_step": Option(
+        (int, float), "sleep that long for each step of generating (default 0)", minimum=0
+    ),
     "misbehave": Option(
         (str,),
         "fail the way an engine does; the choices say how (default: it behaves)",
@@ -46,6 +60,8 @@ OPTIONS = {
             "chatter",
             "no-top1",
             "hold-interpreter",
+            "no-generate",
+            "oom-generate",
         ),
         numeric=True,
     ),
@@ -74,6 +90,7 @@ class FakeBackend(Backend):
     options = OPTIONS
     columns = (LOGPROB, TOP1, TOP1_BOUND, ENTROPY)
     has_tokenizer = True
+    generates = True
 
     def load(self, request: LoadRequest) -> LoadedModel:
         """Read options; nothing is loaded."""
@@ -83,6 +100,17 @@ class FakeBackend(Backend):
         """Numbers as the mode says."""
         for batch in batches:
             yield _score(model, batch)
+
+    def generate(
+        self,
+        model: LoadedModel,
+        prompts: Sequence[Ids],
+        new_tokens: int,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Generated:
+        """Bytes that follow from the tokens before them."""
+        check_generation(prompts, new_tokens, model.max_positions, model.vocab_size)
+        return _generate(model.handle, prompts, new_tokens, stop_ids)
 
     def close(self, model: LoadedModel) -> None:
         """Nothing to free."""
@@ -140,6 +168,28 @@ def _score(model: LoadedModel, batch: Batch) -> Scores:
         "entropy": -logprob,
     }
     return {name: everything[name] for name in batch.columns}
+
+
+def _generate(
+    options: dict[str, Any], prompts: Sequence[Ids], new_tokens: int, stop_ids: frozenset[int]
+) -> Generated:
+    how = options.get("misbehave")
+    if how == "no-generate":
+        raise ModelError("fake does not generate here", "bad_option")
+    if how == "oom-generate":
+        raise MemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    began = time.perf_counter()
+    first = 0.0
+    found: list[list[int]] = [[] for _ in prompts]
+    totals = [int(prompt.sum()) + options.get("seed", 0) for prompt in prompts]
+    for step in range(new_tokens):
+        time.sleep(options.get("seconds_per_step", 0))
+        for row, ids in enumerate(found):
+            if not (ids and ids[-1] in stop_ids):
+                ids.append((totals[row] * 31 + 7 * step) % 256)
+                totals[row] += ids[-1]
+        first = first or time.perf_counter() - began
+    return Generated([np.array(ids, np.int64) for ids in found], first, time.perf_counter() - began)
 
 
 def _hashed(ids_BT: Ids, first_target: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -9,9 +9,9 @@ Parameters: https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
 import ctypes
 import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,26 @@ from numpy.typing import NDArray
 
 from evalq.backends import _llama
 from evalq.backends._llama_batch import COLUMNS, LlamaBatch, score_rows
-from evalq.backends._llama_plan import OPTIONS, Plan, context_params, make_plan, model_params
+from evalq.backends._llama_generate import Generation
+from evalq.backends._llama_plan import (
+    OPTIONS,
+    Plan,
+    context_params,
+    generation_params,
+    make_plan,
+    model_params,
+)
 from evalq.backends._llama_reference import gives_again, hidden_head, pack
 from evalq.engine.backend import (
     Backend,
     Batch,
+    Generated,
     Ids,
     LoadedModel,
     LoadRequest,
     Scores,
     Tokenizer,
+    check_generation,
     reading_ahead,
 )
 from evalq.engine.columns import REFERENCE, REFERENCE_ROWS
@@ -44,7 +54,9 @@ _NOTABLE_WARNING = r"missing pre-tokenizer|not supported, set to disabled|bad sp
 class _Handle:
     """What load() took: llama_model, llama_context, threads for the log-sum-exp.
 
-    `kept` says how the distributions are kept as a reference, `reference` is what they are compared with.
+    `kept` says how the distributions are kept as a reference, `reference` is what they are compared with,
+    `options` are the spec's, `adapter` is a llama_adapter_lora, `generation` a context of its own for
+    continuing prompts, made when it is first needed.
     """
 
     path: Path
@@ -55,6 +67,9 @@ class _Handle:
     pool: ThreadPoolExecutor | None
     kept: ReferenceHead | None = None
     reference: NumpyReference | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    adapter: Any = None
+    generation: Generation | None = None
 
     @property
     def shows_hidden(self) -> bool:
@@ -71,6 +86,7 @@ class GgufBackend(Backend):
     columns = COLUMNS
     lora_features = frozenset()
     has_tokenizer = True
+    generates = True
 
     def load(self, request: LoadRequest) -> LoadedModel:
         """Load a GGUF file and size a context for the request's windows. Raises ModelError."""
@@ -85,6 +101,18 @@ class GgufBackend(Backend):
         for batch in reading_ahead(batches):
             yield _score(model.handle, batch)
 
+    def generate(
+        self,
+        model: LoadedModel,
+        prompts: Sequence[Ids],
+        new_tokens: int,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Generated:
+        """All prompts side by side, each a sequence of its own. Raises ModelError."""
+        check_generation(prompts, new_tokens, model.max_positions, model.vocab_size)
+        room = _generation(model.handle, len(prompts), max(map(len, prompts), default=0) + new_tokens)
+        return room.generate(prompts, new_tokens, stop_ids)
+
     def close(self, model: LoadedModel) -> None:
         """Free the context and the weights; a second call does nothing."""
         handle: _Handle = model.handle
@@ -92,6 +120,8 @@ class GgufBackend(Backend):
             llama_cpp = _llama.engine()
             if handle.pool:
                 handle.pool.shutdown()
+            if handle.generation is not None:
+                handle.generation.close()
             llama_cpp.llama_free(handle.context)
             llama_cpp.llama_model_free(handle.model)
             handle.context = handle.model = None
@@ -126,11 +156,29 @@ def _load(request: LoadRequest) -> LoadedModel:
         raise
     pool = ThreadPoolExecutor(plan.threads) if plan.threads > 1 else None
     handle = _Handle(path, model, context, plan, LlamaBatch(plan.n_batch), pool)
+    handle.options, handle.adapter = request.options, adapter
     if REFERENCE_ROWS in request.columns:
         handle.kept = _kept(handle)
     if request.reference is not None:
         handle.reference = NumpyReference(request.reference)
     return _describe(handle)
+
+
+def _generation(handle: _Handle, n_prompts: int, n_tokens: int) -> Generation:
+    """A context with room for that many prompts of that many tokens each, new ones included.
+
+    Scoring keeps its own, so that its numbers do not depend on what else a model is asked to do.
+    """
+    if handle.generation is None or not handle.generation.holds(n_prompts, n_tokens):
+        if handle.generation is not None:
+            handle.generation.close()
+            handle.generation = None
+        params = generation_params(handle.plan, handle.options, n_prompts, n_tokens)
+        made = Generation(handle.path, handle.model, params, _vocab_size(handle))
+        if handle.adapter is not None:
+            _llama.apply_adapter(made.context, handle.adapter, handle.path)
+        handle.generation = made
+    return handle.generation
 
 
 def _kept(handle: _Handle) -> ReferenceHead:

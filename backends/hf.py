@@ -13,13 +13,14 @@ Source: https://huggingface.co/docs/transformers
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evalq.backends._hf_generate import generate
 from evalq.backends._hf_noise import LayerNoise
 from evalq.backends._hf_predict import GPU_BATCH_TOKENS, HEAD_CHUNK_MIB, predict
 from evalq.backends._tokenize import tokenize_fn
@@ -38,6 +39,8 @@ from evalq.engine.backend import (
     LAYER_NOISE,
     Backend,
     Batch,
+    Generated,
+    Ids,
     LoadedModel,
     LoadRequest,
     Machine,
@@ -45,6 +48,7 @@ from evalq.engine.backend import (
     Prediction,
     Scores,
     Tokenizer,
+    check_generation,
     reading_ahead,
 )
 from evalq.engine.columns import REFERENCE_ROWS
@@ -116,6 +120,7 @@ class HfBackend(Backend):
     # PEFT applies what it trained. aLoRA and routed variants depend on the prompt, which a window is not.
     lora_features = frozenset(FEATURES) - {"alora", "variant"}
     has_tokenizer = True
+    generates = True
 
     def load(self, request: LoadRequest) -> LoadedModel:
         """Load a checkpoint directory. Raises ModelError; the caller sorts transformers' own errors."""
@@ -125,6 +130,17 @@ class HfBackend(Backend):
         """Batch by batch."""
         for batch in reading_ahead(batches):
             yield _score(model.handle, batch)
+
+    def generate(
+        self,
+        model: LoadedModel,
+        prompts: Sequence[Ids],
+        new_tokens: int,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Generated:
+        """All prompts as one batch, as transformers generates. Raises ModelError."""
+        check_generation(prompts, new_tokens, model.max_positions, model.vocab_size)
+        return generate(model.handle.model, prompts, new_tokens, stop_ids)
 
     def close(self, model: LoadedModel) -> None:
         """Free the model and, on a GPU, torch's cache."""

@@ -10,6 +10,10 @@
         def score(self, model, batches): ...               batches in, named arrays out, in their order
         def close(self, model): ...                        frees what load() took
 
+    and, with `generates = True`, where it can continue a prompt
+
+        def generate(self, model, prompts, new_tokens, stop_ids): ...
+
 Everything else has a default that says "not offered". The class is imported by the command line too (for its
 options), so it imports its engine inside its methods. Scores are numbers per token, never logits: an engine
 without logits (a server, vLLM) is a full citizen, and nobody holds a float32 [T, V] tensor.
@@ -18,7 +22,7 @@ Axes in names: B windows of a batch, T tokens of a window, R targets of a window
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,6 +80,9 @@ class LoadRequest:
         divide_work: by how much to divide what is computed at once: 2 after running out of memory.
         columns: names of the columns that will be asked for.
         reference: the head of the model that this one is compared with, for columns beside it.
+        generate: how many prompts at once will be sent to generate(); 0 for none.
+        prompt_tokens: the most tokens that one of them has.
+        new_tokens: how many tokens will be asked for.
     """
 
     path: Path
@@ -92,6 +99,9 @@ class LoadRequest:
     divide_work: int = 1
     columns: tuple[str, ...] = DEFAULT_COLUMNS
     reference: ReferenceHead | None = None
+    generate: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
 
     def require_directory(self, takes_overlay: bool = False) -> None:
         """Raise ModelError (bad_option) for a file, or for an overlay where none is taken."""
@@ -175,6 +185,22 @@ class LoadedModel:
     reference_head: ReferenceHead | None = None
 
 
+@dataclass(frozen=True)
+class Generated:
+    """What a model puts after some prompts.
+
+    Args:
+        ids: new tokens of each prompt, in the order of the prompts, int64 [N]; a stop token that was met is
+            the last one.
+        first_token_seconds: until every prompt had its first new token.
+        seconds: until all of them were there.
+    """
+
+    ids: list[Ids]
+    first_token_seconds: float
+    seconds: float
+
+
 class Inputs(Mapping[str, NDArray[Any]]):
     """What columns of a batch need beside its ids, read when it is asked for."""
 
@@ -210,6 +236,35 @@ class Batch:
         """(B, R): of every array of scores."""
         n_windows, n_targets = self.targets_BR.shape
         return n_windows, n_targets
+
+
+def check_generation(
+    prompts: Sequence[Ids], new_tokens: int, max_positions: int | None, vocab_size: int | None = None
+) -> None:
+    """Raise ModelError unless these prompts can be continued.
+
+    Args:
+        prompts: as in `Backend.generate`.
+        new_tokens: likewise.
+        max_positions: of the model, None for any.
+        vocab_size: likewise.
+    """
+    if new_tokens < 1:
+        raise ModelError(f"{new_tokens} new tokens were asked for, at least 1 is needed", "bad_option")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ModelError("a prompt has no tokens, at least 1 is needed", "bad_option")
+    # The last new token is never fed back, so it takes no position.
+    needed = max((len(prompt) for prompt in prompts), default=0) + new_tokens - 1
+    if max_positions is not None and needed > max_positions:
+        raise ModelError(
+            f"a prompt and its new tokens need {needed} positions, the model has {max_positions}",
+            "window_too_long",
+            "take a shorter prompt or fewer new tokens",
+        )
+    largest = max((int(prompt.max()) for prompt in prompts), default=0)
+    if vocab_size is not None and largest >= vocab_size:
+        message = f"a prompt has token id {largest}, the model's vocabulary has {vocab_size}"
+        raise ModelError(message, "tokenizer_mismatch")
 
 
 def reading_ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -264,6 +319,8 @@ class Backend(ABC):
     # Other backends whose loaded models it can score ("fwd_fn" beside another "load_fn").
     scores_for: ClassVar[frozenset[str]] = frozenset()
     has_tokenizer: ClassVar[bool] = False
+    # Whether generate() can do more than refuse.
+    generates: ClassVar[bool] = False
 
     @abstractmethod
     def load(self, request: LoadRequest) -> LoadedModel:
@@ -278,6 +335,31 @@ class Backend(ABC):
         Raises:
             ModelError: the engine cannot score a batch.
         """
+
+    def generate(
+        self,
+        model: LoadedModel,
+        prompts: Sequence[Ids],
+        new_tokens: int,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Generated:
+        """Continue prompts by the most probable token each time (greedy decoding), through the KV cache.
+
+        Nothing else decides: no sampling, no penalty, no stop token of the checkpoint's own settings. How a
+        prompt goes on does not depend on the other prompts, but for rounding.
+
+        Args:
+            model: loaded with room for it (`LoadRequest.generate`, `prompt_tokens`, `new_tokens`).
+            prompts: int64 [N] of each, at least one token; lengths may differ.
+            new_tokens: at most so many for each, at least 1.
+            stop_ids: tokens after which a continuation ends; empty for continuations of `new_tokens` each.
+
+        Raises:
+            ModelError: bad_option, where this engine does not generate; window_too_long, where a prompt and
+                its new tokens are more than the model's positions.
+        """
+        name = type(self).__name__.removesuffix("Backend").lower()
+        raise ModelError(f"{name} does not generate here", "bad_option")
 
     @abstractmethod
     def close(self, model: LoadedModel) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from backend_calls import score_one
 from conftest import Runs
+from hf_models import ARCHITECTURES, make
 from numpy.typing import NDArray
 
 from evalq.backends import hf
@@ -16,43 +17,6 @@ from evalq.engine.backend import LoadRequest
 from evalq.errors import ModelError
 
 HF = hf.HfBackend()
-
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 199,
-    "max_position_embeddings": 128,
-}
-# Models that do something to their logits after the head, and one with a plain and a tied head each.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "LlamaConfig": {"tie_word_embeddings": False},
-    "Qwen3Config": {"tie_word_embeddings": True, "head_dim": 8},
-    "Gemma2Config": {
-        "final_logit_softcapping": 5.0,
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "sliding_window": 16,
-    },
-    "CohereConfig": {"logit_scale": 0.25},
-    "GraniteConfig": {"logits_scaling": 3.0},
-    "GPT2Config": {"n_embd": 32, "n_layer": 2, "n_head": 4},
-}
-
-
-def make(folder: Path, kind: str, **changes: Any) -> Path:
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, kind)(**TINY | ARCHITECTURES[kind] | changes)
-    model = transformers.AutoModelForCausalLM.from_config(config).float()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.3)
-    model.save_pretrained(folder)
-    return folder
 
 
 def reference(
