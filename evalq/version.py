@@ -6,4 +6,4 @@ __version__ = "0.1.0"
 METRICS_VERSION = 2
 
 # Of the messages between the command line and its workers (`evalq.run.job`), which may be two installations.
-JOB_VERSION = 2
+JOB_VERSION = 3

@@ -1,4 +1,4 @@
-"""`evalq compare`, and `compare.py`: score models on one text, show them in a table and a chart."""
+"""`evalq compare`, and `compare.py`: score models on texts, show them in a table and charts."""
 
 import argparse
 import re
@@ -51,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line: what to score, the chart, the output, how to run."""
     what = parser.add_argument_group("what to score")
     what.add_argument(
-        "-d", "--dataspec", required=True, metavar="SPEC", help="data spec (JSON), or a text file"
+        "-d",
+        "--dataspec",
+        required=True,
+        nargs="+",
+        metavar="SPEC",
+        help="data specs (JSON) or text files; each model is loaded once and scored on all of them",
     )
     what.add_argument(
         "-m",
@@ -166,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
     from evalq.show.progress import ConsoleReporter
 
     arguments.kld = arguments.kld or arguments.noise_floor or arguments.chart_kld
-    data = _data_spec(arguments)
+    data = [_data_spec(name, arguments) for name in arguments.dataspec]
     specs = _model_specs(arguments)
     draw = _drawing(arguments)
     _check_outputs(arguments)
@@ -195,11 +200,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if all(record.status == "ok" for record in records) else 1
 
 
-def _data_spec(arguments: argparse.Namespace) -> "DataSpec":
+def _data_spec(name: str, arguments: argparse.Namespace) -> "DataSpec":
     from evalq.cli.given import data_spec
     from evalq.data.windows import protocol_named
 
-    spec = data_spec(arguments.dataspec)
+    spec = data_spec(name)
     changes: dict[str, object] = {}
     if arguments.protocol is not None and arguments.protocol != spec.protocol:
         changes |= {"protocol": arguments.protocol, "eval_stride": None}
@@ -379,7 +384,7 @@ def _drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord]
 
 
 def _default_plot_file(arguments: argparse.Namespace) -> Path:
-    names = [Path(arguments.dataspec).stem, *(Path(name).stem for name in arguments.modelspec)]
+    names = [Path(name).stem for name in (*arguments.dataspec, *arguments.modelspec)]
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(names)).strip("-")[:80]
     chosen = (("-kld", arguments.chart_kld), ("-vram", arguments.vram), ("-dark", arguments.dark))
     suffix = "".join(name for name, is_chosen in chosen if is_chosen)

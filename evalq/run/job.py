@@ -10,7 +10,7 @@ import shlex
 import sys
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from evalq.data.windows import ProtocolSettings
 from evalq.errors import ModelError
@@ -84,8 +84,38 @@ class LoraJob(BaseModel):
     name: str
 
 
+class TextJob(BaseModel):
+    """One text that a model scores: the windows of its plan that the store does not hold yet.
+
+    Args:
+        name: what it is called in this run; no two of a job have the same.
+        tokens_file: the stream.
+        max_tokens: only its first ones; None for all.
+        settings: the protocol's.
+        plan_digest: of the windows that they must give.
+        columns: names of the per-token columns wanted.
+        result_dir: where scores go.
+        identity: of the result, kept beside them.
+        keep_reference: folder for what KL divergence against this model needs of it, None where nothing does.
+        reference: folder of the model that this one is compared with, None without.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    tokens_file: str
+    max_tokens: int | None
+    settings: ProtocolSettings
+    plan_digest: str
+    columns: tuple[str, ...]
+    result_dir: str
+    identity: dict[str, Any]
+    keep_reference: str | None = None
+    reference: str | None = None
+
+
 class ScoreJob(_Job):
-    """Score the windows of a plan that the store does not hold yet.
+    """Load a model once and score texts with it, one after the other.
 
     Args:
         load, forward: canonical names of the backends that load and score.
@@ -94,18 +124,10 @@ class ScoreJob(_Job):
         overlay: of the tensors put over it, or None.
         options: for the engine, checked.
         trust_remote_code: whether the checkpoint's own code may run.
-        versions: what the result's identity says of an engine that runs elsewhere; {} for one that runs here.
-        tokens_file: the stream.
-        max_tokens: only its first ones; None for all.
-        settings: the protocol's.
-        plan_digest: of the windows that they must give.
-        columns: names of the per-token columns wanted.
-        result_dir: where scores go.
-        identity: of the result, kept beside them.
+        versions: what the results' identities say of an engine that runs elsewhere; {} for one here.
+        texts: what to score, at least one; their references, where they have some, share one head.
         lora: adapter, or None.
-        keep_reference: folder for what KL divergence against this model needs of it, None where nothing does.
-        keep_most_bytes: the most that may take, None for any.
-        reference: folder of the model that this one is compared with, None without.
+        keep_most_bytes: the most that what is kept of one text may take, None for any.
         divide_work: by how much to divide what is computed at once.
     """
 
@@ -118,18 +140,10 @@ class ScoreJob(_Job):
     options: dict[str, Any]
     trust_remote_code: bool
     versions: dict[str, str] = {}
-    tokens_file: str
-    max_tokens: int | None
-    settings: ProtocolSettings
-    plan_digest: str
-    columns: tuple[str, ...]
-    result_dir: str
-    identity: dict[str, Any]
+    texts: tuple[TextJob, ...] = Field(min_length=1)
     lora: LoraJob | None = None
     divide_work: int = 1
-    keep_reference: str | None = None
     keep_most_bytes: int | None = None
-    reference: str | None = None
 
 
 Job = TokenizeJob | ScoreJob | DecodeJob

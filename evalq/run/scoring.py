@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,7 @@ from evalq.results.kept import NOT_KEPT, KeptInputs, KeptReference, stored_names
 from evalq.results.store import Held, ResultDir
 from evalq.results.tokens import Part, Timing
 from evalq.run.checks import check_model, check_reference, check_scores, given_columns
-from evalq.run.job import ScoreJob, other_evalq
+from evalq.run.job import ScoreJob, TextJob, other_evalq
 from evalq.run.peak import peak_bytes, reset_peak, resident_bytes
 
 GIB = 2**30
@@ -36,82 +37,172 @@ Emit = Callable[..., None]
 
 
 def score(job: ScoreJob, emit: Emit) -> None:
-    """Score every window of a plan that the store does not hold yet.
+    """Score every window of every text that the store does not hold yet, with the model loaded once.
+
+    A text that this model cannot be fed is told as an event, and the others are scored.
 
     Raises:
-        ModelError: the model cannot be scored.
+        ModelError: the model cannot be loaded, or not score the text that was begun last.
         StoreError: scores cannot be kept or read back.
     """
-    result = ResultDir(Path(job.result_dir))
-    with result.lock(on_wait=lambda: emit("waiting")):
-        stream = _stream(job)
-        plan = plan_windows(job.settings, stream.facts)
-        if plan.digest != job.plan_digest:
-            raise other_evalq(sys.executable, "cuts other windows out of the same text")
-        beside = _Beside.of(job)
-        asked = stored_names(job.columns, beside.kept)
-        if result.answers(plan, asked) and beside.keeps_all(plan):
+    with ExitStack() as locks:
+        told = _Once(emit, "waiting")
+        # All of them before anything is loaded, in one order for all processes: so no two processes load one
+        # model for the same texts, and none waits for a result of which the other waits for another.
+        for folder in sorted(text.result_dir for text in job.texts):
+            locks.enter_context(ResultDir(Path(folder)).lock(on_wait=told))
+        left = [text for text in [_Text.read(job, text) for text in job.texts] if not text.complete]
+        if not left:
             return
-        write_json(result.path / "identity.json", job.identity)
+        for text in left:
+            write_json(text.result.path / "identity.json", text.job.identity)
         _require_same_engine(job)
         emit("loading")
-        loader, scorer = backend(job.load), backend(job.forward)
-        started = time.perf_counter()
-        model = _load(job, loader, stream, plan, beside)
-        load_seconds = time.perf_counter() - started
-        check_model(model, stream, plan)
-        emit("loaded", seconds=load_seconds, device=model.device)
-        columns = given_columns(scorer, model, job.columns)
-        beside = beside.ready(model, plan)
-        memory_after_load = resident_bytes()
-        reset_peak()
-        work = _Work(result, scorer, model, plan, stream, columns, beside, _options_text(job))
-        held = work.carry_out(emit)
-        _require_same_engine(job)
-        run = _described(job, model, memory_after_load) | {"load_seconds": load_seconds}
-        given = set(held.complete)
-        run["columns_not_given"] = [name for name in asked if name not in given]
-        if job.keep_reference is not None and beside.keep is None:
-            run[NOT_KEPT] = job.keep_most_bytes
-        result.finish(held, run)
-        loader.close(model)
+        loaded = _load(job, left)
+        emit("loaded", seconds=loaded.seconds, device=loaded.model.device)
+        for text in _that_fit(left, loaded.model, emit):
+            emit("text", name=text.job.name)
+            _score_text(job, text, loaded, emit)
+            emit("text_done", name=text.job.name)
+        backend(job.load).close(loaded.model)
 
 
-def _stream(job: ScoreJob) -> TokenStream:
-    stream = read_stream(Path(job.tokens_file))
-    if stream is None:
-        raise StoreError(f"cannot read the tokens {job.tokens_file}", "run again")
-    return cut(stream, job.max_tokens)
+class _Once:
+    """Tells an event the first time it is called."""
+
+    def __init__(self, emit: Emit, event: str) -> None:
+        self._emit, self._event, self._told = emit, event, False
+
+    def __call__(self) -> None:
+        if not self._told:
+            self._told = True
+            self._emit(self._event)
 
 
-def _load(
-    job: ScoreJob, loader: Backend, stream: TokenStream, plan: WindowPlan, beside: "_Beside"
-) -> LoadedModel:
+@dataclass(frozen=True)
+class _Text:
+    """One text of a job.
+
+    Args:
+        job: as it was sent.
+        result: where scores go; the caller holds its lock.
+        stream: the tokens.
+        plan: the windows.
+        beside: the reference's part.
+    """
+
+    job: TextJob
+    result: ResultDir
+    stream: TokenStream
+    plan: WindowPlan
+    beside: "_Beside"
+
+    @classmethod
+    def read(cls, job: ScoreJob, text: TextJob) -> "_Text":
+        """Read the tokens, lay the windows over them. Raises StoreError, and ModelError for other windows."""
+        stream = read_stream(Path(text.tokens_file))
+        if stream is None:
+            raise StoreError(f"cannot read the tokens {text.tokens_file}", "run again")
+        stream = cut(stream, text.max_tokens)
+        plan = plan_windows(text.settings, stream.facts)
+        if plan.digest != text.plan_digest:
+            raise other_evalq(sys.executable, "cuts other windows out of the same text")
+        beside = _Beside.of(text, job.keep_most_bytes)
+        return cls(text, ResultDir(Path(text.result_dir)), stream, plan, beside)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Names of the columns in the store."""
+        return stored_names(self.job.columns, self.beside.kept)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.result.answers(self.plan, self.asked) and self.beside.keeps_all(self.plan)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model, and what is known of loading it.
+
+    Args:
+        model: for all texts.
+        seconds: that loading took.
+        memory_bytes: resident after it.
+        n_notes: how many of the model's notes are about all texts.
+    """
+
+    model: LoadedModel
+    seconds: float
+    memory_bytes: int
+    n_notes: int
+
+
+def _load(job: ScoreJob, texts: Sequence[_Text]) -> _Loaded:
+    """The model, with room for the longest window of all texts."""
+    plans = [text.plan for text in texts]
+    columns = tuple(dict.fromkeys(name for text in texts for name in text.job.columns))
+    if any(text.beside.keep is not None for text in texts):
+        columns = (*columns, REFERENCE_ROWS)
     request = LoadRequest(
         path=Path(job.path),
-        window_tokens=plan.longest_tokens,
-        targets_per_window=plan.most_targets,
+        window_tokens=max(plan.longest_tokens for plan in plans),
+        targets_per_window=max(plan.most_targets for plan in plans),
         options=job.options,
         trust_remote_code=job.trust_remote_code,
         overlay=Path(job.overlay) if job.overlay else None,
         load_fn=job.load_fn,
-        n_windows=len(plan.windows),
-        n_targets=plan.n_targets,
-        token_ids_max=int(stream.ids_N.max()),
+        n_windows=sum(len(plan.windows) for plan in plans),
+        n_targets=sum(plan.n_targets for plan in plans),
+        token_ids_max=max(int(text.stream.ids_N.max()) for text in texts),
         adapter=read_adapter(Path(job.lora.path), job.lora.name) if job.lora else None,
         divide_work=job.divide_work,
-        columns=job.columns if beside.keep is None else (*job.columns, REFERENCE_ROWS),
-        reference=None if beside.kept is None else beside.kept.head(),
+        columns=columns,
+        reference=next((text.beside.kept.head() for text in texts if text.beside.kept is not None), None),
     )
-    model = loader.load(request)
+    started = time.perf_counter()
+    model = backend(job.load).load(request)
+    seconds = time.perf_counter() - started
     if request.divide_work > 1:
         model.batch_windows = max(1, model.batch_windows // request.divide_work)
         model.notes.append("ran out of memory at first; scored with half as much at once")
-    return model
+    return _Loaded(model, seconds, resident_bytes(), len(model.notes))
+
+
+def _that_fit(texts: Sequence[_Text], model: LoadedModel, emit: Emit) -> list[_Text]:
+    """Texts that this model can be fed; why the others cannot is told."""
+    fitting = []
+    for text in texts:
+        try:
+            check_model(model, text.stream, text.plan)
+        except ModelError as error:
+            why = {"category": error.category, "message": error.message, "remedy": error.remedy}
+            emit("text_failed", name=text.job.name, **why)
+        else:
+            fitting.append(text)
+    return fitting
+
+
+def _score_text(job: ScoreJob, text: _Text, loaded: _Loaded, emit: Emit) -> None:
+    """Score what is missing of one text and finish its result. Raises ModelError, StoreError."""
+    model, scorer = loaded.model, backend(job.forward)
+    del model.notes[loaded.n_notes :]  # of the text before
+    columns = given_columns(scorer, model, text.job.columns)
+    beside = text.beside.ready(model, text.plan)
+    reset_peak()
+    work = _Work(text.result, scorer, model, text.plan, text.stream, columns, beside, _options_text(job))
+    held = work.carry_out(emit)
+    _require_same_engine(job)
+    run = _described(job, model, loaded.memory_bytes) | {"load_seconds": loaded.seconds}
+    given = set(held.complete)
+    run["columns_not_given"] = [name for name in text.asked if name not in given]
+    if text.job.keep_reference is not None and beside.keep is None:
+        run[NOT_KEPT] = job.keep_most_bytes
+    text.result.finish(held, run)
 
 
 def _require_same_engine(job: ScoreJob) -> None:
-    """Raise ModelError when an engine elsewhere is no longer the one in the result's identity.
+    """Raise ModelError when an engine elsewhere is no longer the one in the results' identities.
 
     Asked before and after: windows in between came from this engine.
     """
@@ -120,7 +211,8 @@ def _require_same_engine(job: ScoreJob) -> None:
         changed = sorted(
             key for key in now.keys() | job.versions.keys() if now.get(key) != job.versions.get(key)
         )
-        ResultDir(Path(job.result_dir)).drop_parts()
+        for text in job.texts:
+            ResultDir(Path(text.result_dir)).drop_parts()
         raise ModelError(
             f"the server has changed since the comparison began: {', '.join(changed)}",
             "engine_error",
@@ -148,10 +240,10 @@ class _Beside:
     kept: KeptReference | None
 
     @classmethod
-    def of(cls, job: ScoreJob) -> "_Beside":
-        keep = None if job.keep_reference is None else KeptReference(Path(job.keep_reference))
-        kept = None if job.reference is None else KeptReference(Path(job.reference))
-        return cls(keep, job.keep_most_bytes, kept)
+    def of(cls, text: TextJob, keep_most_bytes: int | None) -> "_Beside":
+        keep = None if text.keep_reference is None else KeptReference(Path(text.keep_reference))
+        kept = None if text.reference is None else KeptReference(Path(text.reference))
+        return cls(keep, keep_most_bytes, kept)
 
     def keeps_all(self, plan: WindowPlan) -> bool:
         """Whether every row asked for is kept."""

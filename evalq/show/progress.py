@@ -1,6 +1,7 @@
 """What a person sees while models are scored: a live line on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -23,6 +24,8 @@ class ConsoleReporter:
         """`models` is how many will come; `quiet` shows nothing at all."""
         self._console, self._models, self._quiet = console, models, quiet
         self._number, self._label = 0, ""
+        self._texts: list[str] = []
+        self._text: str | None = None
         self._printed, self._resumed_at = 0.0, 0
         self._task: TaskID | None = None
         self._live = Progress(
@@ -51,14 +54,17 @@ class ConsoleReporter:
         """A line of its own."""
         self._say(text)
 
-    def model(self, label: str, windows: int) -> None:
-        """The next model."""
+    def model(self, label: str, texts: Mapping[str, int]) -> None:
+        """The next model, the names of its texts and how many windows each has."""
+        self._end_task()
         self._number, self._label = self._number + 1, label
-        self._task = self._live.add_task(self._name("starting"), total=windows, rate="")
+        self._texts, self._text = list(texts), None
+        total = sum(texts.values())
+        self._task = self._live.add_task(self._name("starting"), total=total, rate="")
         self._printed = time.monotonic()
 
     def event(self, event: Event) -> None:
-        """A worker's word: loading, loaded, progress, waiting."""
+        """A worker's word: waiting, loading, loaded, text, progress."""
         if self._task is None:
             return
         kind = event["event"]
@@ -68,10 +74,13 @@ class ConsoleReporter:
             self._live.update(self._task, description=self._name(kind if kind == "loading" else "scoring"))
             if kind == "loaded":
                 self._plain(f"loaded in {event['seconds']:.1f} s on {event['device']}", at_once=True)
+        elif kind == "text":
+            self._text = str(event["name"])
+            self._live.update(self._task, description=self._name("scoring"))
         elif kind == "progress":
             rate = event["scored"] / event["seconds"] if event["seconds"] else 0.0
             shown = f"{number(rate, 0)} tok/s" if rate else ""
-            self._live.update(self._task, completed=event["windows"], rate=shown)
+            self._live.update(self._task, completed=event["windows"], total=event["of"], rate=shown)
             if not event["scored"]:
                 self._resumed_at = event["windows"]
             scored = event["windows"] - self._resumed_at
@@ -80,11 +89,10 @@ class ConsoleReporter:
                 f"{event['windows']}/{event['of']} windows  {shown}  {number(left, 0)} s left", at_once=False
             )
 
-    def record(self, record: ResultRecord, cached: bool) -> None:
-        """The model's result."""
-        if self._task is not None:
-            self._live.remove_task(self._task)
-            self._task = None
+    def record(self, record: ResultRecord, cached: bool, text: str) -> None:
+        """The model's result on a text."""
+        self._end_task()
+        self._text = text
         if record.error:
             self._say(self._name(f"failed: {record.error.message}"))
             return
@@ -94,8 +102,17 @@ class ConsoleReporter:
         speed = "" if record.tokens_per_second is None else f"  {number(record.tokens_per_second, 0)} tok/s"
         self._say(self._name(f"{found}{'  (stored)' if cached else speed}"))
 
+    def _end_task(self) -> None:
+        if self._task is not None:
+            self._live.remove_task(self._task)
+            self._task = None
+
     def _name(self, what: str) -> str:
-        return plain(f"[{self._number}/{self._models}] {self._label}: {what}")
+        """Which model, and which text where there are several."""
+        of_text = ""
+        if len(self._texts) > 1 and self._text in self._texts:
+            of_text = f", text {self._texts.index(self._text) + 1}/{len(self._texts)} {self._text}"
+        return plain(f"[{self._number}/{self._models}] {self._label}{of_text}: {what}")
 
     def _plain(self, text: str, at_once: bool) -> None:
         if self._console.is_terminal or not (

@@ -13,7 +13,7 @@ from conftest import Runs
 
 from evalq.results.store import Store
 from evalq.results.tokens import read_columns
-from evalq.run import compare, prepare_model
+from evalq.run import prepare_model, turn
 
 OLD = Path(__file__).parent / "store-0.1"
 DATA = {
@@ -61,7 +61,7 @@ def test_numbers_are_those_of_0_1_and_nothing_is_scored(
     def refuse(*given: object) -> None:
         raise AssertionError("a stored result is scored again")
 
-    monkeypatch.setattr(compare, "run_worker", refuse)
+    monkeypatch.setattr(turn, "run_worker", refuse)
     spec = old.write("data.json", DATA[name])
     code, records = old.compare(spec, old.models(*MODELS))
     before = json.loads((OLD / f"{name}.records.json").read_text())

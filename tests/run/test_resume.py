@@ -113,7 +113,7 @@ def test_a_full_disk_while_tokenizing_is_one_line(runs: Runs) -> None:
 def test_fewer_rows_of_a_stored_plan_are_not_scored_again(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evalq.run import compare
+    from evalq.run import turn
 
     models = runs.models({})
     _, (many,) = runs.compare(runs.data(max_rows=9), models)
@@ -122,7 +122,7 @@ def test_fewer_rows_of_a_stored_plan_are_not_scored_again(
         raise AssertionError("stored windows are scored again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(compare, "run_worker", lambda job, *rest: refuse() if job.kind == "score" else None)
+        patched.setattr(turn, "run_worker", refuse)
         code, (few,) = runs.compare(runs.data(max_rows=4), models)
     assert code == 0 and few["tokens_scored"] == 4 * 255 and few["key"] != many["key"]
     assert few["tokens_per_second"] == pytest.approx(many["tokens_per_second"])
@@ -148,7 +148,7 @@ def test_more_rows_score_the_new_ones_only(runs: Runs) -> None:
 def test_a_renamed_gguf_file_is_the_same_model_and_a_changed_one_is_not(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evalq.run import compare
+    from evalq.run import turn
 
     values = np.arange(64, dtype=np.float32).reshape(8, 8)
     first = write_gguf(runs.folder / "first.gguf", {"token_embd.weight": values, "output.weight": values})
@@ -160,7 +160,7 @@ def test_a_renamed_gguf_file_is_the_same_model_and_a_changed_one_is_not(
         raise AssertionError("a stored model is scored again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(compare, "run_worker", refuse)
+        patched.setattr(turn, "run_worker", refuse)
         code, (after,) = runs.compare(data, runs.models({"model_dir": str(second)}))
     assert code == 0 and (after["key"], after["ppl"]) == (before["key"], before["ppl"])
     write_gguf(second, {"token_embd.weight": values, "output.weight": values + 1})

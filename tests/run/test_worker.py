@@ -12,28 +12,31 @@ from conftest import Runs
 from evalq.data.windows import ProtocolSettings
 from evalq.engine.columns import DEFAULT_COLUMNS
 from evalq.errors import ModelError
-from evalq.run import compare, process
-from evalq.run.job import ScoreJob, TokenizeJob, from_line, to_line
+from evalq.run import process, turn
+from evalq.run.job import ScoreJob, TextJob, TokenizeJob, from_line, to_line
 from evalq.version import JOB_VERSION
 
 
-def score_job(folder: Path, **changes: Any) -> ScoreJob:
-    given = {
-        "load": "fake",
-        "forward": "fake",
-        "load_fn": "fake",
-        "path": str(folder),
-        "options": {"seed": 3, "mode": "hashed"},
-        "trust_remote_code": False,
-        "tokens_file": str(folder / "tokens"),
-        "max_tokens": None,
-        "settings": ProtocolSettings("gptq", 16, prefix_ids=(1, 2)),
-        "plan_digest": "0" * 64,
-        "columns": DEFAULT_COLUMNS,
-        "result_dir": str(folder / "results" / "r"),
-        "identity": {"a": [1, 2.5, None, "ä"]},
-    }
-    return ScoreJob(**given | changes)
+def score_job(folder: Path) -> ScoreJob:
+    text = TextJob(
+        name="sample",
+        tokens_file=str(folder / "tokens"),
+        max_tokens=None,
+        settings=ProtocolSettings("gptq", 16, prefix_ids=(1, 2)),
+        plan_digest="0" * 64,
+        columns=DEFAULT_COLUMNS,
+        result_dir=str(folder / "results" / "r"),
+        identity={"a": [1, 2.5, None, "ä"]},
+    )
+    return ScoreJob(
+        load="fake",
+        forward="fake",
+        load_fn="fake",
+        path=str(folder),
+        options={"seed": 3, "mode": "hashed"},
+        trust_remote_code=False,
+        texts=(text, text.model_copy(update={"name": "code", "reference": "/reference"})),
+    )
 
 
 def test_a_job_survives_the_way_to_the_worker(tmp_path: Path) -> None:
@@ -57,7 +60,8 @@ def test_a_job_survives_the_way_to_the_worker(tmp_path: Path) -> None:
         lambda raw: raw | {"job_version": JOB_VERSION + 1},
         lambda raw: {k: v for k, v in raw.items() if k != "job_version"},
         lambda raw: raw | {"something": "new"},
-        lambda raw: raw | {"columns": 7},
+        lambda raw: raw | {"texts": 7},
+        lambda raw: raw | {"texts": []},
         lambda raw: {"job_version": JOB_VERSION},
         lambda raw: [raw],
         lambda raw: "score",
@@ -86,12 +90,13 @@ def worker_says(line: str) -> list[dict[str, Any]]:
 
 
 def test_a_worker_that_cuts_other_windows_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = compare.run_worker
+    real = turn.run_worker
 
     def other_windows(job: Any, *rest: Any) -> None:
-        real(job.model_copy(update={"plan_digest": "f" * 64}), *rest)
+        texts = tuple(text.model_copy(update={"plan_digest": "f" * 64}) for text in job.texts)
+        real(job.model_copy(update={"texts": texts}), *rest)
 
-    monkeypatch.setattr(compare, "run_worker", other_windows)
+    monkeypatch.setattr(turn, "run_worker", other_windows)
     code, (record,) = runs.compare(runs.data(), runs.models({}))
     assert code == 1 and record["error"]["category"] == "engine_missing"
     assert "cuts other windows" in record["error"]["message"]

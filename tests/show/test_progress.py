@@ -15,9 +15,9 @@ EVIL = "\x1b]0;title\x07[red]:dog:\n\u202e"
 def said(found: ResultRecord, cached: bool = False, is_terminal: bool = False) -> str:
     def show(console: Console) -> None:
         with ConsoleReporter(console, 1, quiet=False) as reporter:
-            reporter.model(found.label, 10)
+            reporter.model(found.label, {"sample": 10})
             reporter.event({"event": "loaded", "seconds": 1.0, "device": EVIL})
-            reporter.record(found, cached)
+            reporter.record(found, cached, "sample")
 
     return terminal(show, 200, is_terminal)
 
