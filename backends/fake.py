@@ -66,6 +66,7 @@ OPTIONS = {
         numeric=True,
     ),
     "misbehave_after": Option((int,), "windows scored before it does (default 0)"),
+    "misbehave_from": Option((int,), "only in windows of so many tokens or more (default 0)"),
 }
 
 
@@ -158,7 +159,8 @@ def _score(model: LoadedModel, batch: Batch) -> Scores:
         logprob = np.zeros(batch.shape, np.float32)
     else:
         logprob = _hashed(batch.ids_BT, batch.first_target, options.get("seed", 0))
-    if options["scored"] >= options.get("misbehave_after", 0):
+    long_enough = batch.ids_BT.shape[1] >= options.get("misbehave_from", 0)
+    if long_enough and options["scored"] >= options.get("misbehave_after", 0):
         logprob = _misbehave(options.get("misbehave"), logprob)
     options["scored"] += n_windows
     everything: Scores = {

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Runs:
     def __init__(self, folder: Path, tiny: Path) -> None:
         self.folder, self.tiny = folder, tiny
 
-    def data(self, **changes: Any) -> Path:
+    def data(self, name: str = "data.json", **changes: Any) -> Path:
         spec = {
             "dataset": "sample",
             "tokenize_fn": "fake",
@@ -59,7 +59,7 @@ class Runs:
             "eval_stride": 128,
             "max_rows": 6,
         }
-        return self.write("data.json", {k: v for k, v in (spec | changes).items() if v is not None})
+        return self.write(name, {k: v for k, v in (spec | changes).items() if v is not None})
 
     def models(self, *models: dict[str, Any], name: str = "models.json") -> Path:
         base = {"load_fn": "fake", "fwd_fn": "fake", "model_dir": str(self.tiny)}
@@ -71,13 +71,15 @@ class Runs:
         return path
 
     def compare(
-        self, data: Path, *models: Path, more: tuple[str, ...] = ()
+        self, data: Path | Sequence[Path], *models: Path, more: tuple[str, ...] = ()
     ) -> tuple[int, list[dict[str, Any]]]:
         """Exit code and records (none when the run ended before there were any)."""
+        texts = [data] if isinstance(data, Path) else data
         out = self.folder / "records.json"
         out.unlink(missing_ok=True)
-        code = compare_main(["-d", str(data), "-m", *map(str, models), "--json", str(out), *more])
-        return code, json.loads(out.read_text()) if out.is_file() else []
+        code = compare_main(["-d", *map(str, texts), "-m", *map(str, models), "--json", str(out), *more])
+        found = json.loads(out.read_text()) if out.is_file() else []
+        return code, found["records"] if isinstance(found, dict) else found
 
     def process(self, *arguments: str, **more: Any) -> subprocess.Popen[str]:
         """The command in a process of its own, to be killed or interrupted."""

@@ -268,12 +268,16 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 
 def _print(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", errors: "Console") -> None:
     """The table, where standard output is not taken; with --quiet only what failed."""
-    from evalq.show import table
+    from evalq.results.texts import by_text
+    from evalq.show import table, texts
     from evalq.show.console import output, say
 
     taken = any(name == "-" for _, name in _files(arguments))
-    if not arguments.quiet:
-        table.print_table(records, errors if taken else output(), arguments.kld)
+    console, several = errors if taken else output(), by_text(records)
+    if not arguments.quiet and several is not None:
+        texts.print_texts(texts.TextsTable(several, arguments.kld), console)
+    elif not arguments.quiet:
+        table.print_table(records, console, arguments.kld)
     else:
         for record in records:
             if record.error:
@@ -288,46 +292,68 @@ def _print(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", err
 def _print_statistics(
     arguments: argparse.Namespace, records: "Sequence[ResultRecord]", store: "Store", errors: "Console"
 ) -> None:
-    """What --significance and --resolve ask for, where the table goes or would go."""
+    """What --significance and --resolve ask for, text by text, where the table goes or would go."""
     if not arguments.significance and arguments.resolve is None:
         return
     from evalq.results.resolution import resolutions_of
     from evalq.results.significance import matrices_of
+    from evalq.results.texts import by_text
     from evalq.show.console import output, say
     from evalq.show.significance import print_matrices, resolution_lines
 
     taken = any(name == "-" for _, name in _files(arguments))
-    console = errors if taken else output()
+    console, several = errors if taken else output(), by_text(records)
 
     def scores_of(record: "ResultRecord") -> "TokenColumns | None":
         return store.result(str(record.key)).scores()
 
-    if arguments.significance:
-        console.print()
-        print_matrices(matrices_of(records, scores_of), console)
-    if arguments.resolve is not None:
-        found = resolutions_of(records, scores_of, arguments.resolve)
-        for line in resolution_lines(found):
-            say(console, line)
-        if not found:
-            say(console, "--resolve: no model was compared with a reference")
+    for name, of_text in {"": records}.items() if several is None else several.texts.items():
+        if arguments.significance:
+            console.print()
+            if name:
+                say(console, (f"{name}:", "bold"))
+            print_matrices(matrices_of(of_text, scores_of), console)
+        if arguments.resolve is not None:
+            found = resolutions_of(of_text, scores_of, arguments.resolve)
+            where = f"{name}: " if name else ""
+            for line in resolution_lines(found):
+                say(console, where + line)
+            if not found:
+                say(console, f"{where}--resolve: no model was compared with a reference")
+
+
+def _renderers(
+    arguments: argparse.Namespace, records: "Sequence[ResultRecord]"
+) -> "dict[str, Callable[[], str]]":
+    """What makes the content of each flag's file."""
+    from evalq.results.texts import by_text
+    from evalq.show import table, texts
+
+    several = by_text(records)
+    if several is None:
+        return {
+            "--json": partial(table.as_json, records),
+            "--csv": partial(table.as_csv, records),
+            "--markdown": partial(table.markdown, records, arguments.kld),
+        }
+    shown = texts.TextsTable(several, arguments.kld)
+    return {
+        "--json": partial(texts.as_json, shown),
+        "--csv": partial(texts.as_csv, shown),
+        "--markdown": partial(texts.markdown, shown),
+    }
 
 
 def _write(arguments: argparse.Namespace, records: "Sequence[ResultRecord]") -> None:
     """The records to the files that were asked for. Raises StoreError."""
     from evalq.errors import StoreError
     from evalq.files import write_atomic
-    from evalq.show import table
 
-    renderers: dict[str, Callable[[Sequence[ResultRecord]], str]] = {
-        "--json": table.as_json,
-        "--csv": table.as_csv,
-        "--markdown": partial(table.markdown, kld=arguments.kld),
-    }
+    renderers = _renderers(arguments, records)
     for flag, name in _files(arguments):
         if flag not in renderers:
             continue
-        text, path = renderers[flag](records), Path(name)
+        text, path = renderers[flag](), Path(name)
         if name == "-":
             sys.stdout.write(text)
             continue

@@ -210,7 +210,7 @@ class ResultRecord(_Measured):
     @classmethod
     def _from_plain(cls, given: Any) -> Any:
         if isinstance(given, Mapping):
-            given = {k: v for k, v in given.items() if k != "verdict"}  # of --json, made anew
+            given = {k: v for k, v in given.items() if k not in ("verdict", "text")}  # of --json, made anew
         return cls.gather(given, FLAT)
 
     @model_serializer(mode="wrap")

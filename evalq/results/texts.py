@@ -1,7 +1,10 @@
 """Several texts in one table: which records are of the same text, and short names that tell texts apart."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from evalq.results.record import ResultRecord, same_comparison
 
 Comparison = Mapping[str, Any]
 
@@ -18,6 +21,46 @@ _DIFFERENCES: tuple[Callable[[Comparison], str], ...] = (
     lambda facts: str(facts.get("tokens_sha256"))[:8],
     lambda facts: str(facts.get("plan_sha256"))[:8],
 )
+
+
+@dataclass(frozen=True)
+class ByText:
+    """The records of models that were all scored on the same texts.
+
+    Args:
+        names: of the texts, at least two.
+        models: of each model its records, one a text, in the order of `names`.
+    """
+
+    names: tuple[str, ...]
+    models: tuple[tuple[ResultRecord, ...], ...]
+
+    @property
+    def texts(self) -> dict[str, list[ResultRecord]]:
+        """The records of each text, by its name, in the order of the models."""
+        return {name: [records[i] for records in self.models] for i, name in enumerate(self.names)}
+
+
+def by_text(records: Sequence[ResultRecord]) -> ByText | None:
+    """Records as a table of models and texts; None where they are not of several texts with the same models.
+
+    Records of models that cannot be compared, such as models with different tokenizers, make no such table.
+    """
+    groups: list[dict[str, ResultRecord]] = []
+    for record in records:
+        facts = record.comparison
+        same = (g for g in groups if same_comparison(next(iter(g.values())).comparison, facts) is None)
+        group = next(same, None)
+        if group is None:
+            groups.append({record.label: record})
+        elif record.label in group:
+            return None
+        else:
+            group[record.label] = record
+    if len(groups) < 2 or any(group.keys() != groups[0].keys() for group in groups):
+        return None
+    names = text_names([next(iter(group.values())).comparison for group in groups])
+    return ByText(tuple(names), tuple(tuple(group[label] for group in groups) for label in groups[0]))
 
 
 def text_names(comparisons: Sequence[Comparison]) -> list[str]:

@@ -48,7 +48,11 @@ def verdict(record: ResultRecord) -> Verdict | None:
         found = against.metrics.get(name)
         if found is not None and _surely_above(found, BROKEN_NATS):
             return Verdict("broken", f"broken: {what} {found.value:.2f} nats per token")
-    change = record.headline_change
+    return verdict_on_change(record.headline_change)
+
+
+def verdict_on_change(change: tuple[float, float] | None) -> Verdict:
+    """The verdict on a 95% interval of PPL / PPL of the reference, minus 1; None where it is not known."""
     if change is None:
         return Verdict("not known", "not known: too few windows for an error")
     low, high = 100 * change[0], 100 * change[1]

@@ -14,7 +14,8 @@ from evalq.show.columns import MAJOR, Column, print_columns
 from evalq.show.console import say
 from evalq.show.numbers import NOTHING, number
 
-_STYLES = {"worse": "yellow", "better": "green", "broken": "red"}
+# The most serious kind first.
+STYLES = {"broken": "red", "worse": "yellow", "better": "green"}
 _WORDS = {
     "ppl": "change of perplexity per token, row against column, in percent",
     "kld": "mean KLD of the row minus that of the column, in nats per token",
@@ -26,7 +27,7 @@ _TURN = {"ppl": "positive is worse", "kld": "positive is worse", "same_top": "ne
 def verdict_lines(records: Sequence[ResultRecord]) -> list[tuple[str, str, str]]:
     """Label, verdict and rich's style of each model that has a verdict."""
     found = ((record.label, verdict(record)) for record in records)
-    return [(label, one.text, _STYLES.get(one.kind, "")) for label, one in found if one is not None]
+    return [(label, one.text, STYLES.get(one.kind, "")) for label, one in found if one is not None]
 
 
 def rules(records: Sequence[ResultRecord]) -> list[str]:

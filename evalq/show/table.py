@@ -95,7 +95,7 @@ def columns(table: Shown, kld: bool = False) -> list[Column[ResultRecord]]:
         table: the records.
         kld: with those of `--kld`.
     """
-    per = _unit(table.records)
+    per = unit(table.records)
     found = [
         Column[ResultRecord]("model", lambda r: r.label),
         Column[ResultRecord]("bpw", lambda r: number(r.layer_bpw, 3), MAJOR, right=True),
@@ -106,7 +106,7 @@ def columns(table: Shown, kld: bool = False) -> list[Column[ResultRecord]]:
         Column[ResultRecord](
             f"PPL/{per}", lambda r: number(r.headline_ppl, 4), right=True, long_header=f"PPL per {per}"
         ),
-        Column[ResultRecord]("±", _stderr, MAJOR, right=True),
+        Column[ResultRecord]("±", stderr_cell, MAJOR, right=True),
         Column[ResultRecord](
             "tok/s",
             lambda r: number(r.tokens_per_second, 0),
@@ -123,7 +123,7 @@ def columns(table: Shown, kld: bool = False) -> list[Column[ResultRecord]]:
         meaning = change if short else f"{change}; the reference is {table.reference}"
         if any(r.against_reference.quantized for r in table.records if r.against_reference):
             meaning += "; the reference is itself quantized"
-        found.append(Column(name, _against, MAJOR, right=True, help=meaning))
+        found.append(Column(name, change_cell, MAJOR, right=True, help=meaning))
     found += _metric_columns(table.records, kld)
     return [*found, Column("status", lambda r: _status(table, r), MAJOR, style=_status_style)]
 
@@ -193,7 +193,19 @@ def caption(records: Sequence[ResultRecord]) -> str:
 def explanations(table: Shown, columns: Sequence[Column[ResultRecord]]) -> list[str]:
     """What the columns that are shown mean, and what the numbers cannot bear, a line each."""
     lines = [f"{column.header}: {column.help}" for column in columns if column.help]
-    scored = [record for record in table.records if record.status == "ok"]
+    lines += caveats(table.records, any(column.header == KLD_HEADER for column in columns))
+    return lines + rules(table.records)
+
+
+def caveats(records: Sequence[ResultRecord], kld: bool) -> list[str]:
+    """What the numbers of one text cannot bear, a line each.
+
+    Args:
+        records: of the text.
+        kld: whether KL divergences are shown, which the engines' floors bound.
+    """
+    lines = []
+    scored = [record for record in records if record.status == "ok"]
     windows = scored[0].comparison.get("windows") if scored else None
     if isinstance(windows, int) and windows < ENOUGH_WINDOWS:
         lines.append(
@@ -202,12 +214,10 @@ def explanations(table: Shown, columns: Sequence[Column[ResultRecord]]) -> list[
         )
     if any(record.headline_ppl is None for record in scored):
         lines.append(
-            f"no perplexity per {_unit(scored)}: it needs the text as a whole, and max_tokens cuts it; "
+            f"no perplexity per {unit(scored)}: it needs the text as a whole, and max_tokens cuts it; "
             "bits per byte are in --json and --csv"
         )
-    if any(column.header == KLD_HEADER for column in columns):
-        lines += floor_lines(table.records)
-    return lines + rules(table.records)
+    return lines + (floor_lines(records) if kld else [])
 
 
 def markdown(records: Sequence[ResultRecord], kld: bool = False) -> str:
@@ -235,20 +245,30 @@ def markdown(records: Sequence[ResultRecord], kld: bool = False) -> str:
 
 def as_csv(records: Sequence[ResultRecord]) -> str:
     """One line per record, raw numbers; notes joined by "; "."""
+    return csv_lines([flat(record) for record in records])
+
+
+def csv_lines(rows: Sequence[Mapping[str, Any]], first: Sequence[str] = (), last: Sequence[str] = ()) -> str:
+    """Rows as CSV: the columns of every record, with more of them before and behind."""
     out = io.StringIO()
     metrics = [*(row.name for row in METRICS), *(row.name for row in PAIR_METRICS)]
     estimates = [field for name in metrics for field in csv_names(name)]
-    fields = list(dict.fromkeys([*_CSV_FIELDS, *estimates]))
+    fields = list(dict.fromkeys([*first, *_CSV_FIELDS, *estimates, *last]))
     writer = csv.DictWriter(out, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for record in records:
-        writer.writerow({name: csv_cell(value) for name, value in _flat(record).items()})
+    for row in rows:
+        writer.writerow({name: csv_cell(value) for name, value in row.items()})
     return out.getvalue()
 
 
 def as_json(records: Sequence[ResultRecord]) -> str:
     """The records as they are, each with its verdict."""
-    return json_text([record.model_dump() | {"verdict": _verdict(record)} for record in records])
+    return json_text([with_verdict(record) for record in records])
+
+
+def with_verdict(record: ResultRecord) -> dict[str, Any]:
+    """A record as JSON has it."""
+    return record.model_dump() | {"verdict": _verdict(record)}
 
 
 def _verdict(record: ResultRecord) -> str | None:
@@ -257,16 +277,17 @@ def _verdict(record: ResultRecord) -> str | None:
     return None if found is None else found.text
 
 
-def _flat(record: ResultRecord) -> dict[str, Any]:
+def flat(record: ResultRecord) -> dict[str, Any]:
+    """A record as a row of CSV."""
     row = (
-        record.model_dump() | {"notes": "; ".join(record.notes), "error": ""} | _plain_metrics(record.metrics)
+        record.model_dump() | {"notes": "; ".join(record.notes), "error": ""} | plain_metrics(record.metrics)
     )
     if record.error is not None:
         error = record.error
         row |= {"error": error.message, "error_category": error.category, "remedy": error.remedy}
     against = record.against_reference
     if against is not None:
-        row |= _plain_metrics(against.metrics) | {"reference": against.label}
+        row |= plain_metrics(against.metrics) | {"reference": against.label}
         row |= {"ppl_ratio": against.ppl_ratio, "significant": against.significant}
         row |= {"verdict": _verdict(record)}
         if against.floor is not None:
@@ -274,7 +295,8 @@ def _flat(record: ResultRecord) -> dict[str, Any]:
     return row
 
 
-def _plain_metrics(metrics: Mapping[str, Estimate]) -> dict[str, float | None]:
+def plain_metrics(metrics: Mapping[str, Estimate]) -> dict[str, float | None]:
+    """Estimates as columns of CSV."""
     found: dict[str, float | None] = {}
     for name, one in metrics.items():
         found |= zip(csv_names(name), (one.value, one.stderr, one.low, one.high), strict=True)
@@ -286,17 +308,19 @@ def csv_names(metric: str) -> tuple[str, str, str, str]:
     return metric, f"{metric}_stderr", f"{metric}_low", f"{metric}_high"
 
 
-def _unit(records: Sequence[ResultRecord]) -> str:
+def unit(records: Sequence[ResultRecord]) -> str:
+    """What the perplexity of a text is per."""
     return records[0].unit if records else "token"
 
 
-def _stderr(record: ResultRecord) -> str:
+def stderr_cell(record: ResultRecord) -> str:
+    """The error of the perplexity itself."""
     if record.headline_stderr is None:
         return ""
     return ("≥" if record.ppl_stderr_is_lower_bound else "") + number(record.headline_stderr, 3)
 
 
-def _against(record: ResultRecord) -> str:
+def change_cell(record: ResultRecord) -> str:
     """Change of perplexity against the reference in percent, with the error of the paired difference."""
     if record.headline_ratio is None:
         return "" if record.error is None else NOTHING
