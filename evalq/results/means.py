@@ -69,14 +69,14 @@ def mean_over_texts(records: Sequence[ResultRecord], names: Sequence[str]) -> Me
         return MeanOverTexts(label, why_not=f"it failed on {', '.join(failed)}")
     if all(record.is_reference for record in records):
         return MeanOverTexts(label)
-    against = [record.against_reference for record in records]
-    compared = [found for found in against if found is not None]
-    if len(compared) < len(against):
-        alone = [name for found, name in zip(against, names, strict=True) if found is None]
+    references = {name: _reference(record) for name, record in zip(names, records, strict=True)}
+    alone = [name for name, reference in references.items() if reference is None]
+    if alone:
         return MeanOverTexts(label, why_not=f"it was not compared with a reference on {', '.join(alone)}")
-    references = dict.fromkeys(found.label for found in compared)
-    if len(references) > 1:
-        return MeanOverTexts(label, why_not=f"the texts have other references: {', '.join(references)}")
+    different = dict.fromkeys(str(reference) for reference in references.values())
+    if len(different) > 1:
+        return MeanOverTexts(label, why_not=f"the texts have different references: {', '.join(different)}")
+    compared = [record.against_reference for record in records if record.against_reference is not None]
     klds = [found.metrics.get(KLD.name) for found in compared]
     exact = [found for found in klds if found is not None]
     return MeanOverTexts(
@@ -84,6 +84,13 @@ def mean_over_texts(records: Sequence[ResultRecord], names: Sequence[str]) -> Me
         ln_ratio=mean_of([found.metrics["ln_ratio"] for found in compared]),
         kld=mean_of(exact, LOG) if len(exact) == len(klds) else None,
     )
+
+
+def _reference(record: ResultRecord) -> str | None:
+    """Label of the model that it was compared with, or is itself; None without."""
+    if record.is_reference:
+        return record.label
+    return None if record.against_reference is None else record.against_reference.label
 
 
 def mean_of(figures: Sequence[Estimate], scale: Scale = PLAIN) -> Estimate:

@@ -157,18 +157,18 @@ def _mean_column(shown: TextsTable) -> list[Column[_Row]]:
 
 
 def _kld_columns(shown: TextsTable) -> list[Column[_Row]]:
-    """KLD, or its lower bound, on each text that some model has it on, and the mean of the first."""
+    """The mean KLD, then KLD or its lower bound on each text that some model has it on."""
     found = []
+    if any(mean.kld for mean in shown.means):
+        meaning = f"mean of the KLD on {len(shown.found.names)} texts, each alike, nats per token"
+        mean = Column[_Row]("KLD\nmean", lambda row: _mean_kld(row.mean), MAJOR, right=True, help=meaning)
+        found.append(mean)
     for metric, header in ((KLD.name, table.KLD_HEADER), (KLD_BOUND.name, "KLD bound")):
         for i, name in enumerate(shown.found.names):
             of_text = shown.found.texts[name]
             if any(_paired(record, metric) for record in of_text):
                 text = partial(_kld, metric, of_text)
                 found.append(_column(i, f"{header}\n{name}", text, MAJOR, f"{header}, {name}"))
-    if any(mean.kld for mean in shown.means):
-        meaning = f"mean of the KLD on {len(shown.found.names)} texts, each alike, nats per token"
-        mean = Column[_Row]("KLD\nmean", lambda row: _mean_kld(row.mean), MAJOR, right=True, help=meaning)
-        found.append(mean)
     return found
 
 
@@ -232,11 +232,21 @@ def _explanations(shown: TextsTable, kept: Sequence[Column[_Row]]) -> list[str]:
     if "change" in headers:
         reference = shown.reference or "the text's reference"
         lines.append(f"change: of perplexity against {reference} on the same tokens, ± its standard error")
-    for name, records in shown.found.texts.items():
-        lines += [f"{name}: {line}" for line in table.caveats(records, table.KLD_HEADER in headers)]
+    lines += _caveats(shown, table.KLD_HEADER in headers)
     lines += [f"no mean for {mean.label}: {mean.why_not}" for mean in shown.means if mean.why_not]
-    kinds = [record for row in shown.rows for record in row.records]
-    return lines + rules(kinds)
+    return lines + rules([record for row in shown.rows for record in row.records])
+
+
+def _caveats(shown: TextsTable, kld: bool) -> list[str]:
+    """What the numbers of each text cannot bear; the name of the text goes before what is not so of all."""
+    names_of: dict[str, list[str]] = {}
+    for name, records in shown.found.texts.items():
+        for line in table.caveats(records, kld):
+            names_of.setdefault(line, []).append(name)
+    n_texts = len(shown.found.names)
+    return [
+        line if len(names) == n_texts else f"{', '.join(names)}: {line}" for line, names in names_of.items()
+    ]
 
 
 def verdict_lines(shown: TextsTable) -> list[tuple[str, str, str]]:
@@ -258,7 +268,7 @@ def _verdict_line(row: _Row, names: Sequence[str]) -> tuple[str, str, str] | Non
         return row.label, each, STYLES.get(worst, "")
     over_all = verdict_on_change(_change(row.mean))
     alike = list(of_texts) == [over_all.kind]
-    text = f"{over_all.text} in the mean; " + ("the same on every text" if alike else each)
+    text = f"{over_all.text} in the mean; " + (f"{over_all.kind} on every text" if alike else each)
     return row.label, text, STYLES.get("broken" if worst == "broken" else over_all.kind, "")
 
 
