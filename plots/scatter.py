@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 
 from evalq.plots import style
 from evalq.plots.annotate import Tag, write_tags
+from evalq.plots.axes import dress, frame
 from evalq.plots.geometry import Floats
 from evalq.plots.output import save, show
-from evalq.plots.page import MARGIN_PT, Page, font, quiet_glyphs
+from evalq.plots.page import MARGIN_PT, Page, quiet_glyphs
 from evalq.plots.quantity import KLD, LONGEST_BAR
 from evalq.plots.selection import Axis, ChartOptions, FloorLine, Selection, Series, printable, select
 from evalq.plots.surround import write_footer, write_header
@@ -43,7 +44,8 @@ def draw(records: Sequence[ResultRecord], options: ChartOptions) -> Figure:
     series = _series(chosen, style.theme(options.dark))
     with quiet_glyphs():
         page, low, high = _page(records, chosen, options, series)
-        _add_axes(page, (low, high), _scales(chosen))
+        x_scale, y_scale = _scales(chosen)
+        dress(frame(page, (low, high), y_scale), page.look, x_scale, y_scale)
         y_labels = _y_labels(chosen) if options.y_label is None else [options.y_label]
         _name_axes(page, X_LABELS[options.x], y_labels)
         _draw_levels(page, series)
@@ -97,27 +99,6 @@ def _page(
         if high - low >= MIN_AXES_PT:
             return page, low, high
         height += MIN_AXES_PT - (high - low) + 1
-
-
-def _add_axes(page: Page, rows: tuple[float, float], scales: tuple[Scale, Scale]) -> None:
-    """Two thin spines, a light grid, numbers."""
-    look, (x_scale, y_scale), (low, high) = page.look, scales, rows
-    widest = max((page.measure(label, style.TICK_PT)[0] for label in y_scale.labels), default=0.0)
-    left = MARGIN_PT + 1.4 * style.AXIS_LABEL_PT + widest + 5
-    axes = page.add_axes((left, low, page.width - MARGIN_PT, high))
-    if y_scale.log:
-        axes.set_yscale("log")
-    axes.set_xlim(x_scale.low, x_scale.high)
-    axes.set_ylim(y_scale.low, y_scale.high)
-    for axis, one in ((axes.xaxis, x_scale), (axes.yaxis, y_scale)):
-        axis.set_ticks([], minor=True)
-        axis.set_ticks(one.ticks, labels=one.labels, fontproperties=font(style.TICK_PT), color=look.muted)
-    axes.tick_params(length=0, pad=5)
-    axes.grid(True, color=look.grid, lw=0.7)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set(color=look.spine, linewidth=0.7)
 
 
 def _y_labels(chosen: Selection) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from evalq.cli.config import add_config
 from evalq.cli.numbers import count, positive, seconds, share
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from evalq.spec import DataSpec, ModelSpec
 
 # As in evalq.data.protocols, whose import is too slow for --help.
-PROTOCOL_NAMES = ("exllamav3", "qbench", "hf-strided", "gptq", "llama.cpp", "lm-eval")
+PROTOCOL_NAMES = ("exllamav3", "qbench", "hf-strided", "gptq", "llama.cpp", "lm-eval", "long")
 
 DESCRIPTION = """\
 Score quantized models on one text and compare perplexity per bit.
@@ -76,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of the data spec's, with its own stride: " + ", ".join(PROTOCOL_NAMES),
     )
     what.add_argument(
+        "--eval-len",
+        type=count,
+        metavar="L",
+        help="tokens per window, instead of the data spec's (long takes 8192 without it)",
+    )
+    what.add_argument(
         "--reference",
         metavar="LABEL",
         help="compare the others with it (default: the unquantized model)",
@@ -96,6 +102,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="--kld, and a chart of the mean KL divergence from the reference instead of perplexity",
     )
+    plot.add_argument(
+        "--by-position",
+        action="store_true",
+        help="x is the position in the window: a line a model (docs/long-context.md)",
+    )
     plot.add_argument("-mx", "--max_x", type=float, metavar="X", help="leave out points right of X")
     plot.add_argument("-my", "--max_y", type=float, metavar="Y", help="leave out points above Y")
     plot.add_argument("-dark", "--dark", action="store_true", help="chart with a dark background")
@@ -114,6 +125,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=share,
         metavar="0.5%",
         help="how many windows it takes to know each perplexity's ratio to the reference's within ± 0.5%%",
+    )
+    out.add_argument(
+        "--positions",
+        action="store_true",
+        help="perplexity by position in the window, 0-1k, 1k-2k, 2k-4k, ...; with --kld the divergence too",
     )
     out.add_argument("--memory", action="store_true", help="a second table: where each model's memory went")
     out.add_argument(
@@ -208,6 +224,10 @@ def _data_spec(name: str, arguments: argparse.Namespace) -> "DataSpec":
     changes: dict[str, object] = {}
     if arguments.protocol is not None and arguments.protocol != spec.protocol:
         changes |= {"protocol": arguments.protocol, "eval_stride": None}
+        if arguments.protocol == "long":
+            changes["eval_len"] = None
+    if arguments.eval_len is not None:
+        changes["eval_len"] = arguments.eval_len
     if arguments.max_rows is not None:
         changes["max_rows"] = arguments.max_rows
     spec = spec.model_copy(update=changes)
@@ -282,6 +302,10 @@ def _print(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", err
         for record in records:
             if record.error:
                 say(errors, f"evalq: {record.label}: {record.error.message} ({record.error.remedy})")
+    if arguments.positions and not arguments.quiet:
+        from evalq.show.positions import print_positions
+
+        print_positions(records, errors if taken else output(), arguments.kld)
     if arguments.memory:
         from evalq.vllm_memory.reader import runs_from_records
         from evalq.vllm_memory.run_output import print_runs
@@ -369,29 +393,40 @@ def _write(arguments: argparse.Namespace, records: "Sequence[ResultRecord]") -> 
             ) from None
 
 
+def _markdown(records: "Sequence[ResultRecord]", positions: bool, kld: bool) -> str:
+    from evalq.show import table
+    from evalq.show.positions import markdown_positions
+
+    return table.markdown(records, kld) + (markdown_positions(records, kld) if positions else "")
+
+
 def _drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord], Console], None] | None":
     """Draws the chart that was asked for, None when none was. Raises SpecError when it could not."""
-    if not (arguments.plot or arguments.chart_kld or arguments.plot_file or arguments.show):
+    asked = (arguments.plot, arguments.chart_kld, arguments.plot_file, arguments.show, arguments.by_position)
+    if not any(asked):
         return None
     from evalq.errors import SpecError
     from evalq.results.floor import kld_of
     from evalq.show.console import say
+    from evalq.show.positions import NONE
 
     try:
-        from evalq.plots import scatter
+        from evalq.plots import position, scatter
     except ImportError as error:
         raise SpecError(f"cannot draw: {error}", 'pip install "evalq[plot]", or leave -p out') from None
     path = arguments.plot_file or _default_plot_file(arguments)
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise SpecError(f"-o {path}: unknown kind of picture", "name a .png, .svg or .pdf file")
+    y: Literal["ppl", "kld"] = "kld" if arguments.chart_kld else "ppl"
     options = scatter.ChartOptions(
         title=arguments.title,
         x="vram" if arguments.vram else "bpw",
-        y="kld" if arguments.chart_kld else "ppl",
+        y=y,
         max_x=arguments.max_x,
         max_y=arguments.max_y,
         dark=arguments.dark,
     )
+    by_position = position.PositionChart(arguments.title, y, arguments.dark)
 
     def draw(records: "Sequence[ResultRecord]", errors: "Console") -> None:
         if not any(record.status == "ok" for record in records):
@@ -400,7 +435,13 @@ def _drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord]
         if arguments.chart_kld and not any(kld_of(record) for record in records):
             say(errors, "no chart: no model has a KL divergence; the lines above say why")
             return
-        figure = scatter.draw(records, options)
+        if arguments.by_position and not any(record.by_position for record in records):
+            say(errors, f"no chart: {NONE}")
+            return
+        if arguments.by_position:
+            figure = position.draw(records, by_position)
+        else:
+            figure = scatter.draw(records, options)
         scatter.save(figure, path)
         say(errors, f"chart: {path}")
         if arguments.show:
@@ -412,6 +453,11 @@ def _drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord]
 def _default_plot_file(arguments: argparse.Namespace) -> Path:
     names = [Path(name).stem for name in (*arguments.dataspec, *arguments.modelspec)]
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(names)).strip("-")[:80]
-    chosen = (("-kld", arguments.chart_kld), ("-vram", arguments.vram), ("-dark", arguments.dark))
+    chosen = (
+        ("-kld", arguments.chart_kld),
+        ("-position", arguments.by_position),
+        ("-vram", arguments.vram),
+        ("-dark", arguments.dark),
+    )
     suffix = "".join(name for name, is_chosen in chosen if is_chosen)
     return Path("plots") / "out" / f"{slug}{suffix}.png"

@@ -1,4 +1,4 @@
-"""The six perplexity protocols: which windows each public tool cuts out of a token stream.
+"""The perplexity protocols: which windows each public tool cuts out of a token stream, and `long`.
 
 N = tokens in the stream, L = window length (`eval_len`), S = stride (`eval_stride`). Stream positions count
 from 0 and ranges exclude their end. A token is scored when the model is asked for its log-probability given
@@ -20,6 +20,8 @@ from evalq.engine.backend import Ids
 BosPolicy = Literal["default", "never", "every_window"]
 Head = Literal["keep", "prepend", "overwrite"]
 HEADS: tuple[Head, ...] = ("keep", "prepend", "overwrite")
+# Fewer make rough errors, and 95% intervals that are several times as wide as with many.
+LEAST_CLUSTERS = 8
 TextBuilder = Literal["joined", "joined-nonblank", "file", "documents"]
 
 
@@ -148,6 +150,8 @@ class Protocol:
         bos_first: BOS overwrites the first token of every window where the tokenizer adds one.
         exact_rows: fewer windows than max_rows are an error.
         scores_all: every token of the text is scored once, so totals per byte and word are exact.
+        least_clusters: windows are cut into equal stretches until there are so many for the errors; 1 leaves
+            them whole.
     """
 
     build: Builder
@@ -167,6 +171,7 @@ class Protocol:
     bos_first: bool = False
     exact_rows: bool = False
     scores_all: bool = False
+    least_clusters: int = 1
 
 
 def _sliding(settings: ProtocolSettings, facts: StreamFacts) -> Iterator[Window]:
@@ -230,6 +235,18 @@ def _rolling(settings: ProtocolSettings, facts: StreamFacts) -> Iterator[Window]
             stop = min(scored_to + longest, end)
             yield Window(stop - longest - 1, stop, scored_to)
             scored_to = stop
+
+
+def _long(settings: ProtocolSettings, facts: StreamFacts) -> Iterator[Window]:
+    """Each document from its start in windows of L side by side, the last of them as long as what is left.
+
+    Every token is scored that has one before it in its window.
+    """
+    begin = 0
+    for end in facts.document_ends or (facts.n_tokens,):
+        for start in range(begin, end - 1, settings.eval_len):
+            yield Window(start, min(start + settings.eval_len, end), start + 1)
+        begin = end
 
 
 _EXLLAMAV3 = "https://github.com/turboderp-org/exllamav3/blob/master/eval/"
@@ -307,5 +324,18 @@ PROTOCOLS: dict[str, Protocol] = {
         special_tokens=False,
         own_prefix=True,
         scores_all=True,
+    ),
+    "long": Protocol(
+        build=_long,
+        min_tokens=lambda length: 2,
+        text="joined",
+        default_eval_len=8192,
+        default_eval_stride=None,
+        unit="token",
+        help="long context: a document to its end in long windows, perplexity by position in them",
+        source="https://arxiv.org/abs/2001.08361",
+        fixed_stride=True,
+        bos_first=True,
+        least_clusters=LEAST_CLUSTERS,
     ),
 }

@@ -37,9 +37,12 @@ __all__ = [
     "Window",
     "WindowPlan",
     "cluster_of",
+    "least_clusters",
     "plan_windows",
+    "positions_of",
     "protocol_named",
     "stream_special_tokens",
+    "stretches",
 ]
 
 
@@ -91,7 +94,7 @@ class WindowPlan:
     @cached_property
     def cluster_of(self) -> NDArray[np.int64]:
         """Which scored tokens depend on each other, int64 [n_targets]: `cluster_of` of its table."""
-        return cluster_of(self.table)
+        return cluster_of(self.table, least_clusters(self.protocol))
 
     @cached_property
     def digest(self) -> str:
@@ -122,7 +125,7 @@ class WindowPlan:
         return [g[i : i + batch_windows] for g in groups for i in range(0, len(g), batch_windows)]
 
 
-def cluster_of(table: NDArray[np.int64]) -> NDArray[np.int64]:
+def cluster_of(table: NDArray[np.int64], least: int = 1) -> NDArray[np.int64]:
     """Scored tokens that depend on each other, because they share context or are the same token of the text.
 
     Windows side by side are clusters themselves. Where neighbours overlap, a token is scored in several of
@@ -133,6 +136,7 @@ def cluster_of(table: NDArray[np.int64]) -> NDArray[np.int64]:
 
     Args:
         table: windows in stream order as (start, end, score_from, ...), int64 [W, 3 or more].
+        least: fewer windows side by side are cut into equal stretches, as few as make so many clusters.
 
     Returns:
         Names of the clusters, int64 [n], n scored tokens in the order of the windows.
@@ -141,13 +145,47 @@ def cluster_of(table: NDArray[np.int64]) -> NDArray[np.int64]:
     n_targets = ends - score_from
     window_of = np.repeat(np.arange(len(table), dtype=np.int64), n_targets)
     if not _overlapping(starts, ends):
-        return window_of
-    first_of_window = np.cumsum(n_targets) - n_targets
-    position = np.arange(window_of.size) - (first_of_window - score_from)[window_of]
+        return window_of if least <= len(table) else stretches(window_of, least)
+    position = positions_of(table) + starts[window_of]
     first, last = int(score_from.min()), int(ends.max())
     n_stretches = max(1, (last - int(starts.min())) // int((ends - starts).max()))
     found: NDArray[np.int64] = (position - first) * n_stretches // (last - first)
     return found
+
+
+def positions_of(table: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens of the text that each scored token has before it in its window, int64 [n].
+
+    Args:
+        table: windows as for `cluster_of`; what is put before a window is not counted.
+    """
+    context, n_targets = table[:, 2] - table[:, 0], table[:, 1] - table[:, 2]
+    first_of_window = np.cumsum(n_targets) - n_targets
+    found: NDArray[np.int64] = np.arange(n_targets.sum()) - np.repeat(first_of_window - context, n_targets)
+    return found
+
+
+def stretches(window_of: NDArray[np.int64], least: int) -> NDArray[np.int64]:
+    """Each window's tokens cut into equal stretches, as few as make `least` of all windows, int64 [n].
+
+    Args:
+        window_of: the window of each token, tokens of one window beside each other, [n].
+        least: fewer only where there are fewer tokens.
+    """
+    _, first, sizes = np.unique(window_of, return_index=True, return_counts=True)
+    each = -(-least // max(1, sizes.size))
+    order = np.argsort(first)
+    first, sizes = first[order], sizes[order]
+    place = np.arange(window_of.size) - np.repeat(first, sizes)
+    found: NDArray[np.int64] = np.repeat(np.arange(sizes.size), sizes) * each + place * each // np.repeat(
+        sizes, sizes
+    )
+    return found
+
+
+def least_clusters(protocol: str) -> int:
+    """How many clusters the errors of a protocol's results are made of at least; of an unknown one 1."""
+    return PROTOCOLS[protocol].least_clusters if protocol in PROTOCOLS else 1
 
 
 def _overlapping(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> bool:
@@ -261,8 +299,8 @@ def _head(settings: ProtocolSettings, facts: StreamFacts) -> tuple[Head, tuple[i
                 f"{settings.name} needs one: take another protocol",
             )
         return "keep", (prefix_id,)
-    as_llama_cpp = protocol.bos_first and settings.bos == "default" and facts.adds_bos
-    if settings.bos != "every_window" and not as_llama_cpp:
+    by_default = protocol.bos_first and settings.bos == "default" and facts.adds_bos
+    if settings.bos != "every_window" and not by_default:
         return ("prepend", settings.prefix_ids) if settings.prefix_ids else ("keep", ())
     if facts.bos_id is None:
         raise SpecError('bos "every_window", but the tokenizer has no BOS token', 'set bos to "never"')

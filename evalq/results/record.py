@@ -70,6 +70,17 @@ class _Measured(_Frozen):
         return self.metrics[name].stderr if name in self.metrics else None
 
 
+class AtPosition(_Frozen):
+    """What was measured of the tokens that have so many others before them in their window."""
+
+    start: int = Field(description="tokens before the first of them, at least")
+    stop: int = Field(description="tokens before each of them, fewer than this")
+    tokens: int = Field(description="scored there")
+    metrics: dict[str, Estimate] = Field(
+        description="by name; empty where too many log-probabilities are not finite"
+    )
+
+
 class Failure(_Frozen):
     """Why a model has no perplexity."""
 
@@ -96,6 +107,9 @@ class AgainstReference(_Measured):
     key: str | None = Field(default=None, description="where the store keeps the reference")
     quantized: bool | None = Field(default=None, description="whether the reference is a quantized model")
     floor: Floor | None = Field(default=None, description="of the model's engine; null where it is unknown")
+    by_position: tuple[AtPosition, ...] = Field(
+        default=(), description="ln_ratio, KLD and same-top by position in the window; as the record's own"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -187,6 +201,10 @@ class ResultRecord(_Measured):
     against_reference: AgainstReference | None = None
     tokens_scored: int | None = None
     tokens_nonfinite: int | None = None
+    by_position: tuple[AtPosition, ...] = Field(
+        default=(),
+        description="perplexity by position in the window; empty where no window is longer than 1024",
+    )
 
     tokens_per_second: float | None = Field(
         default=None, description="scored tokens per second in the engine, warm-up left out"

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evalq.data.windows import cluster_of
+from evalq.data.windows import cluster_of, least_clusters
 from evalq.errors import ModelError, SpecError
+from evalq.results.by_position import pair_by_position
 from evalq.results.paired import Pair, compare
 from evalq.results.record import AgainstReference, ResultRecord
 from evalq.results.store import family_of
@@ -138,29 +139,39 @@ def _compared(
     cleared = record.model_copy(update={"is_reference": False, "against_reference": None})
     if mine is None:
         return cleared
-    pair = paired(mine, theirs, record.ppl_stderr_is_lower_bound)
+    pair = paired(mine, theirs, record.protocol, record.ppl_stderr_is_lower_bound)
     try:
         metrics, notes = compare(pair), pair.notes()
+        by_position = pair_by_position(pair, mine.windows)
     except ModelError as error:
         note = f'not compared with "{base.label}" token by token: {error.message}'
         return cleared.model_copy(update={"notes": list(dict.fromkeys([*record.notes, note]))})
-    against = AgainstReference(label=base.label, key=base.key, quantized=reference.quantized, metrics=metrics)
+    against = AgainstReference(
+        label=base.label,
+        key=base.key,
+        quantized=reference.quantized,
+        metrics=metrics,
+        by_position=by_position,
+    )
     kept = list(dict.fromkeys([*record.notes, *notes]))
     return cleared.model_copy(update={"against_reference": against, "notes": kept})
 
 
-def paired(mine: TokenColumns, theirs: TokenColumns, overlapping: bool) -> Pair:
+def paired(mine: TokenColumns, theirs: TokenColumns, protocol: str, overlapping: bool = False) -> Pair:
     """Two results on the same tokens.
 
     Args:
         mine: columns of the model; those beside the reference under their plain names.
         theirs: columns of the reference.
+        protocol: of both.
         overlapping: what is known of windows that evalq 0.1 stored without saying where they lie.
     """
     overlap_ignored = overlapping and mine.windows is None
-    return Pair(mine.columns, theirs.columns, clusters_of(mine), overlap_ignored)
+    return Pair(mine.columns, theirs.columns, clusters_of(mine, protocol), overlap_ignored)
 
 
-def clusters_of(found: TokenColumns) -> NDArray[np.int64]:
+def clusters_of(found: TokenColumns, protocol: str) -> NDArray[np.int64]:
     """Which tokens depend on each other, int64 [n]; the windows where it is not known where those lie."""
-    return found.window_of if found.windows is None else cluster_of(found.windows)
+    if found.windows is None:
+        return found.window_of
+    return cluster_of(found.windows, least_clusters(protocol))

@@ -100,7 +100,7 @@ def resolutions_of(
             continue
         windows = int(np.unique(mine.window_of).size)
         try:
-            ln_ratio = paired(mine, theirs, False).ln_ratio
+            ln_ratio = paired(mine, theirs, record.protocol).ln_ratio
         except ModelError:
             continue
         found.append((record.label, resolution(ln_ratio, windows, wanted)))

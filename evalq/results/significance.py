@@ -142,7 +142,7 @@ def matrices_of(records: Sequence[ResultRecord], scores_of: ScoresOf) -> list[Ma
     there = [(record, columns.beside(family)) for record, columns in found if columns is not None]
     if not there:
         return []
-    cluster_of = clusters_of(there[0][1])
+    cluster_of = clusters_of(there[0][1], there[0][0].protocol)
     models = [Scored(r.label, c.columns) for r, c in there if c.window_of.size == cluster_of.size]
     reference = next((model for model in models if base is not None and model.label == base.label), None)
     return matrices(models, cluster_of, reference)

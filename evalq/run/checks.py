@@ -23,7 +23,7 @@ def check_positions(max_positions: int | None, plan: WindowPlan) -> None:
         raise ModelError(
             f"a window has {inputs} tokens, the model has {max_positions} positions",
             "window_too_long",
-            f"set eval_len to {max_positions} or less in the data spec",
+            f"set eval_len to {max_positions} or less in the data spec or with --eval-len",
         )
 
 

@@ -7,6 +7,7 @@ from evalq.data.windows import StreamFacts, WindowPlan
 from evalq.engine.failures import remedy_of
 from evalq.errors import ModelError
 from evalq.files import read_json, write_json
+from evalq.results.by_position import own_by_position
 from evalq.results.metrics import Measured, compute
 from evalq.results.record import Failure, ResultRecord, read_record
 from evalq.results.store import ResultDir
@@ -33,6 +34,7 @@ def scored_record(
         return None
     measured = Measured(scores.columns, data.plan.cluster_of, data.scale)
     metrics = compute(measured)
+    by_position = own_by_position(measured, data.plan.table)
     speed = _speed_notes(model, scores)
     notes = [
         *model.spec.notes,
@@ -51,6 +53,7 @@ def scored_record(
         model=model.facts,
         tokens_scored=measured.n_tokens,
         tokens_nonfinite=measured.n_nonfinite,
+        by_position=by_position,
         tokens_per_second=None if speed else scores.timing.tokens_per_second,
         load_seconds=_number(run.get("load_seconds")),
         peak_memory_gib=None if speed else _number(run.get("peak_memory_gib")),

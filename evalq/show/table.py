@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from evalq.engine.columns import KLD, KLD_BOUND
+from evalq.results.by_position import bucket_name
 from evalq.results.estimate import Estimate
 from evalq.results.metrics import METRICS, Metric
 from evalq.results.paired import PAIR_METRICS, PairMetric
@@ -245,7 +246,8 @@ def markdown(records: Sequence[ResultRecord], kld: bool = False) -> str:
 
 def as_csv(records: Sequence[ResultRecord]) -> str:
     """One line per record, raw numbers; notes joined by "; "."""
-    return csv_lines([flat(record) for record in records])
+    by_position = [field for record in records for field in positions_csv(record)]
+    return csv_lines([flat(record) for record in records], last=by_position)
 
 
 def csv_lines(rows: Sequence[Mapping[str, Any]], first: Sequence[str] = (), last: Sequence[str] = ()) -> str:
@@ -281,7 +283,7 @@ def flat(record: ResultRecord) -> dict[str, Any]:
     """A record as a row of CSV."""
     row = (
         record.model_dump() | {"notes": "; ".join(record.notes), "error": ""} | plain_metrics(record.metrics)
-    )
+    ) | positions_csv(record)
     if record.error is not None:
         error = record.error
         row |= {"error": error.message, "error_category": error.category, "remedy": error.remedy}
@@ -306,6 +308,16 @@ def plain_metrics(metrics: Mapping[str, Estimate]) -> dict[str, float | None]:
 def csv_names(metric: str) -> tuple[str, str, str, str]:
     """The columns of a metric in CSV: value, standard error, ends of the 95% interval."""
     return metric, f"{metric}_stderr", f"{metric}_low", f"{metric}_high"
+
+
+def positions_csv(record: ResultRecord) -> dict[str, float | None]:
+    """What was measured by position in the window, "ppl_2k_4k" and so on."""
+    against = record.against_reference
+    found: dict[str, float | None] = {}
+    for at in (*record.by_position, *(() if against is None else against.by_position)):
+        name = bucket_name(at).replace("-", "_")
+        found |= plain_metrics({f"{metric}_{name}": value for metric, value in at.metrics.items()})
+    return found
 
 
 def unit(records: Sequence[ResultRecord]) -> str:

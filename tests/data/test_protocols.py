@@ -10,9 +10,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from window_cases import BOS, FILE_N, JOINED_N, document_sizes, documents_plan, inputs, lengths, plan, scored
+from window_cases import (
+    BOS,
+    FILE_N,
+    JOINED_N,
+    document_sizes,
+    documents_plan,
+    facts,
+    inputs,
+    lengths,
+    plan,
+    scored,
+)
 
-from evalq.data.windows import PROTOCOLS
+from evalq.data.windows import PROTOCOLS, ProtocolSettings, plan_windows, positions_of
 from evalq.errors import DataError
 
 # --- known counts -----------------------------------------------------------------------------------------
@@ -49,6 +60,7 @@ def test_protocol_defaults_are_those_of_the_tools():
         "gptq": (2048, None, "joined"),
         "llama.cpp": (512, None, "file"),
         "lm-eval": (2048, None, "documents"),
+        "long": (8192, None, "joined"),
     }
     assert {name for name, p in PROTOCOLS.items() if p.unit == "word"} == {"lm-eval"}
     assert all(p.source.startswith("https://") and p.help for p in PROTOCOLS.values())
@@ -170,6 +182,43 @@ def test_gptq_and_llama_cpp_score_what_their_description_says(sizes):
         assert scored(plan("gptq", n, length), n) == brute_disjoint(n, length, 0)
     if n >= 2 * length:
         assert scored(plan("llama.cpp", n, length, bos="never"), n) == brute_disjoint(n, length, length // 2)
+
+
+def brute_long(sizes: list[int], length: int) -> list[tuple[int, list[int]]]:
+    """A token has those before it in its block of L of its document; the first of a block is not scored."""
+    result, begin = [], 0
+    for n in sizes:
+        for i in range(n):
+            if i % length:
+                result.append((begin + i, list(range(begin + i - i % length, begin + i))))
+        begin += n
+    return result
+
+
+@given(document_sizes, st.integers(2, 12))
+def test_long_scores_every_document_to_its_end(sizes, length):
+    settings_, n = ProtocolSettings("long", length), sum(sizes)
+    given_facts = facts(n, tuple(int(end) for end in np.cumsum(sizes)))
+    if expected := brute_long(sizes, length):
+        built = plan_windows(settings_, given_facts)
+        assert scored(built, n) == expected
+        assert built.longest_tokens <= length
+        assert np.array_equal(positions_of(built.table), [len(context) for _, context in expected])
+    else:
+        with pytest.raises(DataError):
+            plan_windows(settings_, given_facts)
+
+
+def test_long_scores_a_text_that_is_shorter_than_a_window():
+    assert [(w.start, w.end) for w in plan("long", 5000, 8192).windows] == [(0, 5000)]
+    assert [(w.start, w.end) for w in plan("long", 20_000, 8192).windows][-1] == (16_384, 20_000)
+
+
+def test_long_begins_every_window_as_the_tokenizer_begins_a_text():
+    settings_ = ProtocolSettings("long", 4)
+    with_bos = plan_windows(settings_, facts(8, adds_bos=True))
+    assert inputs(with_bos, 8) == [[BOS, 1, 2, 3], [BOS, 5, 6, 7]]
+    assert inputs(plan_windows(settings_, facts(8, adds_bos=False)), 8) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @given(document_sizes, st.integers(2, 12))

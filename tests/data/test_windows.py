@@ -1,5 +1,6 @@
 """What holds for every plan: bounds, batches, BOS and prefixes, and refusals."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -23,8 +24,10 @@ from evalq.data.windows import (
     ProtocolSettings,
     Window,
     WindowPlan,
+    least_clusters,
     plan_windows,
     stream_special_tokens,
+    stretches,
 )
 from evalq.errors import DataError, SpecError
 
@@ -97,8 +100,9 @@ def test_windows_side_by_side_are_clusters_and_overlapping_ones_share_stretches_
     built, _ = case
     found = built.cluster_of
     assert found.size == built.n_targets and found.min() >= 0
-    if not built.overlapping:
+    if not built.overlapping and least_clusters(built.protocol) <= len(built.windows):
         assert np.array_equal(found, built.window_of)
+    if not built.overlapping:
         return
     position = np.concatenate([np.arange(w.score_from, w.end) for w in built.windows])
     stretches = [position[found == name] for name in range(found.max() + 1)]
@@ -107,6 +111,25 @@ def test_windows_side_by_side_are_clusters_and_overlapping_ones_share_stretches_
     longest = max(w.end - w.start for w in built.windows)
     text = built.windows[-1].end - min(w.start for w in built.windows)
     assert len(stretches) <= max(1, text // longest)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 20))
+def test_stretches_are_equal_parts_of_one_window_and_no_more_than_it_takes(sizes, least):
+    window_of = np.repeat(np.arange(len(sizes)) * 3, sizes)
+    found = stretches(window_of, least)
+    assert np.all(np.diff(found) >= 0) and found.size == window_of.size
+    each = math.ceil(least / len(sizes))
+    for name, size in zip(np.arange(len(sizes)) * 3, sizes, strict=True):
+        parts = np.unique(found[window_of == name], return_counts=True)[1]
+        assert len(parts) == min(each, size) and parts.max() - parts.min() <= 1
+    assert len(np.unique(found)) == sum(min(each, size) for size in sizes), "no stretch crosses windows"
+
+
+@pytest.mark.parametrize(("n", "expected"), [(8192, 8), (2 * 8192, 8), (3 * 8192, 9), (9 * 8192, 9)])
+def test_few_long_windows_are_cut_until_there_are_enough_clusters(n, expected):
+    assert len(np.unique(plan("long", n, 8192).cluster_of)) == expected
+    gptq = plan("gptq", n, 8192)
+    assert np.array_equal(gptq.cluster_of, gptq.window_of), "errors of other protocols stay what they were"
 
 
 def test_as_many_stretches_as_windows_side_by_side():
@@ -174,7 +197,7 @@ def test_which_protocols_let_the_tokenizer_add_special_tokens():
         for bos in ("default", "never", "every_window")
         if stream_special_tokens(name, bos)
     }
-    whole_stream = ["exllamav3", "hf-strided", "gptq", "llama.cpp"]
+    whole_stream = ["exllamav3", "hf-strided", "gptq", "llama.cpp", "long"]
     assert adds == {(name, bos) for name in whole_stream for bos in ("default", "every_window")}
 
 
@@ -185,7 +208,7 @@ def test_which_protocols_let_the_tokenizer_add_special_tokens():
     ("settings_", "message"),
     [
         (ProtocolSettings("exlamav3", 8), 'unknown protocol "exlamav3" .*did you mean "exllamav3"'),
-        (ProtocolSettings("ppl", 8), "known: exllamav3, qbench, hf-strided, gptq, llama.cpp, lm-eval"),
+        (ProtocolSettings("ppl", 8), "known: exllamav3, qbench, hf-strided, gptq, llama.cpp, lm-eval, long"),
         (ProtocolSettings("exllamav3", 1), "eval_len is 1"),
         (ProtocolSettings("llama.cpp", 2), "llama.cpp needs 3 or more"),
         (ProtocolSettings("exllamav3", 8, 0), "eval_stride is 0"),
@@ -193,6 +216,7 @@ def test_which_protocols_let_the_tokenizer_add_special_tokens():
         (ProtocolSettings("hf-strided", 8, 9), "eval_stride 9 is longer than eval_len 8"),
         (ProtocolSettings("gptq", 8, 4), "gptq has no eval_stride other than eval_len"),
         (ProtocolSettings("llama.cpp", 8, 4), "llama.cpp has no eval_stride other than eval_len"),
+        (ProtocolSettings("long", 8, 4), "long has no eval_stride other than eval_len"),
         (ProtocolSettings("lm-eval", 8, 4), "lm-eval has no eval_stride other than eval_len"),
         (ProtocolSettings("exllamav3", 8, max_rows=-1), "max_rows is -1"),
         (ProtocolSettings("exllamav3", 8, warmup_tokens=7), "warmup_tokens is 7 .0 to 6"),
