@@ -6,9 +6,11 @@ Under perplexities a second panel shows their change against the run's reference
 far sharper. With KL divergence the floor of each engine is a dashed line.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 from matplotlib.figure import Figure
 
@@ -90,15 +92,24 @@ class Panel:
 
     @property
     def scale(self) -> Scale:
-        """An axis that holds every value, and bars as far as they do not press the values together."""
+        """An axis that holds every value and bar; an extreme bar as far as LONGEST_BAR times the median one.
+
+        On a logarithmic axis a bar is followed as far as LONGEST_BAR times its value.
+        """
         values = [value for line in self.lines for value in line.values]
+        bars = [
+            (value, ends)
+            for line in self.lines
+            for value, ends in zip(line.values, line.ends, strict=True)
+            if ends is not None and all(map(math.isfinite, ends))
+        ]
         log = self.may_log and wants_log(values, LOG_ABOVE)
-        reach = 3 * (max(values) - min(values) or abs(max(values)))
-        for line in self.lines:
-            for value, ends in zip(line.values, line.ends, strict=True):
-                for end in ends or ():
-                    near = min(max(end, value / LONGEST_BAR), value * LONGEST_BAR) if log else end
-                    values.append(near if log else min(max(near, value - reach), value + reach))
+        halves = [max(high - value, value - low) for value, (low, high) in bars]
+        reach = LONGEST_BAR * (median(halves) if halves else 0.0)
+        for value, ends in bars:
+            for end in ends:
+                near = (value / LONGEST_BAR, value * LONGEST_BAR) if log else (value - reach, value + reach)
+                values.append(min(max(end, near[0]), near[1]))
         return scale(values, log, margins=(0.08, 0.1), smallest=0.01, n_ticks=6)
 
 
@@ -126,9 +137,13 @@ def draw(records: Sequence[ResultRecord], options: PositionChart) -> Figure:
     with quiet_glyphs():
         page, low, high = _page(records, options, look, panels)
         share = (high - low - BETWEEN_PANELS_PT * (len(panels) - 1)) / len(panels)
+        names = list(dict.fromkeys(line.series.name for panel in panels for line in panel.lines))
+        shifts = {name: SPREAD * ((i + 0.5) / len(names) - 0.5) for i, name in enumerate(names)}
         for i, panel in enumerate(panels):
             top = high - i * (share + BETWEEN_PANELS_PT)
-            _draw_panel(page, (top - share, top), panel, starts, last=i == len(panels) - 1)
+            _add_axes(page, (top - share, top), panel, starts, last=i == len(panels) - 1)
+            for line in panel.lines:
+                _draw_line(page, line, shifts[line.series.name])
     return page.figure
 
 
@@ -235,10 +250,8 @@ def _notes(records: Sequence[ResultRecord], panels: Sequence[Panel], page: Page)
     return lines + (page.wrap(missing, ", ", NOTE_PT, 2, lead="not drawn: ") if missing else [])
 
 
-def _draw_panel(
-    page: Page, rows: tuple[float, float], panel: Panel, starts: Sequence[int], last: bool
-) -> None:
-    """Axes, their names, the lines."""
+def _add_axes(page: Page, rows: tuple[float, float], panel: Panel, starts: Sequence[int], last: bool) -> None:
+    """A panel's axes with their names, and a line at no change."""
     y_scale, n = panel.scale, len(starts)
     places = [float(i) for i in range(n + 1)]
     labels = [_tokens(start) for start in (*starts, 2 * starts[-1] if starts[-1] else FIRST_STOP)]
@@ -247,9 +260,6 @@ def _draw_panel(
     dress(axes, page.look, x_scale, y_scale)
     if y_scale.low < 0 < y_scale.high:
         axes.axhline(0.0, color=page.look.spine, lw=style.LINE_PT, zorder=1.5)
-    for i, line in enumerate(panel.lines):
-        shift = SPREAD * ((i + 0.5) / len(panel.lines) - 0.5)
-        _draw_line(page, line, [step + 0.5 + shift for step in line.at])
     x0, y0, x1, y1 = page.axes_box()
     size, ink = style.AXIS_LABEL_PT, page.look.ink
     name = page.shorten(panel.name, y1 - y0, size)
@@ -258,12 +268,13 @@ def _draw_panel(
         ha="center", rotation=90, rotation_mode="anchor",
     )  # fmt: skip
     if last:
-        x_name = "tokens before it in its window"
+        x_name = "position in the window (tokens before a token)"
         page.text((x0 + x1) / 2, y0 - style.TICK_PT - 8 - size, x_name, size, ink, ha="center")
 
 
-def _draw_line(page: Page, line: Line, places: list[float]) -> None:
-    axes, one = page.axes, line.series
+def _draw_line(page: Page, line: Line, shift: float) -> None:
+    """A model's line, bars and markers, so far from the middle of each step."""
+    axes, one, places = page.axes, line.series, [step + 0.5 + shift for step in line.at]
     axes.plot(
         places, line.values, color=one.color, lw=style.LINE_PT, alpha=0.85, zorder=2,
         ls=style.DASHED if line.dashed else "-",
