@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     parser.add_argument("--json", action="store_true", help="the records as a list")
     parser.add_argument("--kld", action="store_true", help="KL divergence too, where it is stored")
+    parser.add_argument("--positions", action="store_true", help="tables by position in the window too")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     from evalq.results.store import Store, default_root
     from evalq.show import table
     from evalq.show.console import output, say
+    from evalq.show.positions import print_positions
 
     root = arguments.store or default_root()
     console = output()
@@ -76,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for group in compared:
         table.print_table(group, console, arguments.kld)
+        if arguments.positions:
+            print_positions(group, console, arguments.kld)
         console.print()
     if others:
         _print_unfinished(others, console)

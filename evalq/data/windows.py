@@ -43,6 +43,7 @@ __all__ = [
     "protocol_named",
     "stream_special_tokens",
     "stretches",
+    "windows_overlap",
 ]
 
 
@@ -89,7 +90,7 @@ class WindowPlan:
     @property
     def overlapping(self) -> bool:
         """Whether scores of neighbouring windows depend on each other: they share more than a token."""
-        return _overlapping(self.table[:, 0], self.table[:, 1])
+        return windows_overlap(self.table[:, 0], self.table[:, 1])
 
     @cached_property
     def cluster_of(self) -> NDArray[np.int64]:
@@ -144,7 +145,7 @@ def cluster_of(table: NDArray[np.int64], least: int = 1) -> NDArray[np.int64]:
     starts, ends, score_from = table[:, 0], table[:, 1], table[:, 2]
     n_targets = ends - score_from
     window_of = np.repeat(np.arange(len(table), dtype=np.int64), n_targets)
-    if not _overlapping(starts, ends):
+    if not windows_overlap(starts, ends):
         return window_of if least <= len(table) else stretches(window_of, least)
     position = positions_of(table) + starts[window_of]
     first, last = int(score_from.min()), int(ends.max())
@@ -188,7 +189,7 @@ def least_clusters(protocol: str) -> int:
     return PROTOCOLS[protocol].least_clusters if protocol in PROTOCOLS else 1
 
 
-def _overlapping(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> bool:
+def windows_overlap(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> bool:
     """Whether neighbouring windows share more tokens than one of context."""
     return bool(np.any(ends[:-1] - starts[1:] > 1))
 

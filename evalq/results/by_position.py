@@ -5,11 +5,12 @@ A token's position is the number of tokens of the text before it in its window. 
 those of the whole result, worked out from its tokens alone: nothing is stored for it, and results of any
 protocol have it that have windows longer than the first bucket.
 
-Errors: tokens of one window depend on each other, so a bucket's clusters are the parts of the windows in it.
-Where that makes fewer than LEAST_CLUSTERS, because few windows are that long, each part is cut into equal
-stretches, as few as make so many. The shorter a stretch, the more its neighbours have in common, so errors
-of a perplexity from one window are too small: tests/results/test_by_position.py has simulations, and
-docs/long-context.md what was measured. Differences to the reference hardly show that.
+Errors: tokens of one window depend on each other, so a bucket's clusters are the parts of the windows in it
+(where windows overlap, the stretches of text that the whole result has). Where that makes fewer than
+LEAST_CLUSTERS, because few windows are that long, each part is cut into equal stretches, as few as make so
+many. The shorter a stretch, the more its neighbours have in common, so errors of a perplexity from one window
+are too small: tests/results/test_by_position.py has simulations, and docs/long-context.md what was measured.
+Differences to the reference hardly show that.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evalq.data.protocols import LEAST_CLUSTERS
-from evalq.data.windows import positions_of, stretches
+from evalq.data.windows import cluster_of, positions_of, stretches, windows_overlap
 from evalq.errors import ModelError
 from evalq.results.metrics import METRICS, Measured, TextScale, compute
 from evalq.results.paired import PAIR_METRICS, Pair, compare
@@ -59,13 +60,14 @@ def buckets(table: NDArray[np.int64]) -> list[Bucket]:
     Args:
         table: windows in stream order as (start, end, score_from, ...), int64 [W, 3 or more].
     """
-    position = positions_of(table)
-    window_of = np.repeat(np.arange(len(table)), table[:, 1] - table[:, 2])
+    position, clusters = positions_of(table), cluster_of(table)
+    overlap = windows_overlap(table[:, 0], table[:, 1])
     found, start, stop = [], 0, FIRST_STOP
     while start <= position.max(initial=-1):
         index = np.flatnonzero((position >= start) & (position < stop))
         if index.size:
-            found.append(Bucket(start, stop, index, stretches(window_of[index], LEAST_CLUSTERS)))
+            inside = clusters[index]
+            found.append(Bucket(start, stop, index, inside if overlap else stretches(inside, LEAST_CLUSTERS)))
         start, stop = stop, 2 * stop
     return found if len(found) > 1 else []
 

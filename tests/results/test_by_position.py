@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from evalq.data.windows import ProtocolSettings, StreamFacts, plan_windows
+from evalq.data.windows import ProtocolSettings, StreamFacts, plan_windows, positions_of
 from evalq.results.by_position import (
     OWN_ROWS,
     bucket_name,
@@ -51,6 +51,15 @@ def test_any_protocol_with_windows_that_reach_two_buckets(
 ) -> None:
     found = buckets(table(3 * length, length, name, eval_stride=stride))
     assert [one.start for one in found] == starts
+
+
+def test_where_windows_overlap_one_token_of_the_text_is_in_one_cluster() -> None:
+    windows = table(40_000, 4096, "exllamav3", eval_stride=512)
+    places = positions_of(windows) + np.repeat(windows[:, 0], windows[:, 1] - windows[:, 2])
+    for one in buckets(windows):
+        cluster_of: dict[int, int] = {}
+        for place, cluster in zip(places[one.index].tolist(), one.cluster_of.tolist(), strict=True):
+            assert cluster_of.setdefault(place, cluster) == cluster
 
 
 def test_a_buckets_metrics_are_those_of_its_tokens() -> None:
