@@ -305,7 +305,8 @@ def _print(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", err
     if arguments.positions and not arguments.quiet:
         from evalq.show.positions import print_positions
 
-        print_positions(records, errors if taken else output(), arguments.kld)
+        for name, of_text in _by_text(records).items():
+            print_positions(of_text, console, arguments.kld, name)
     if arguments.memory:
         from evalq.vllm_memory.reader import runs_from_records
         from evalq.vllm_memory.run_output import print_runs
@@ -346,6 +347,14 @@ def _print_statistics(
                 say(console, f"{where}--resolve: no model was compared with a reference")
 
 
+def _by_text(records: "Sequence[ResultRecord]") -> "dict[str, list[ResultRecord]]":
+    """The records of each text by its name, which is "" where there is one text."""
+    from evalq.results.texts import by_text
+
+    several = by_text(records)
+    return {"": list(records)} if several is None else several.texts
+
+
 def _renderers(
     arguments: argparse.Namespace, records: "Sequence[ResultRecord]"
 ) -> "dict[str, Callable[[], str]]":
@@ -358,13 +367,15 @@ def _renderers(
         return {
             "--json": partial(table.as_json, records),
             "--csv": partial(table.as_csv, records),
-            "--markdown": partial(table.markdown, records, arguments.kld),
+            "--markdown": partial(
+                _markdown, arguments, records, partial(table.markdown, records, arguments.kld)
+            ),
         }
     shown = texts.TextsTable(several, arguments.kld)
     return {
         "--json": partial(texts.as_json, shown),
         "--csv": partial(texts.as_csv, shown),
-        "--markdown": partial(texts.markdown, shown),
+        "--markdown": partial(_markdown, arguments, records, partial(texts.markdown, shown)),
     }
 
 
@@ -393,11 +404,14 @@ def _write(arguments: argparse.Namespace, records: "Sequence[ResultRecord]") -> 
             ) from None
 
 
-def _markdown(records: "Sequence[ResultRecord]", positions: bool, kld: bool) -> str:
-    from evalq.show import table
+def _markdown(
+    arguments: argparse.Namespace, records: "Sequence[ResultRecord]", tables: Callable[[], str]
+) -> str:
+    """The table, and those by position where they are asked for."""
     from evalq.show.positions import markdown_positions
 
-    return table.markdown(records, kld) + (markdown_positions(records, kld) if positions else "")
+    texts = _by_text(records) if arguments.positions else {}
+    return tables() + "".join(markdown_positions(r, arguments.kld, name) for name, r in texts.items())
 
 
 def _drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord], Console], None] | None":
@@ -438,21 +452,33 @@ def _drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord]
         if arguments.by_position and not any(record.by_position for record in records):
             say(errors, f"no chart: {NONE}")
             return
-        if arguments.by_position:
-            figure = position.draw(records, by_position)
-        else:
-            figure = scatter.draw(records, options)
-        scatter.save(figure, path)
-        say(errors, f"chart: {path}")
-        if arguments.show:
-            scatter.show(figure)
+        drawn = {path: partial(scatter.draw, records, options)}
+        if arguments.by_position:  # a chart for each text
+            drawn = {
+                path.with_stem(f"{path.stem}-{_slug(name)}") if name else path: partial(
+                    position.draw, of_text, by_position
+                )
+                for name, of_text in _by_text(records).items()
+                if any(record.by_position for record in of_text)
+            }
+        for file, figure_of in drawn.items():
+            figure = figure_of()
+            scatter.save(figure, file)
+            say(errors, f"chart: {file}")
+            if arguments.show:
+                scatter.show(figure)
 
     return draw
 
 
+def _slug(text: str) -> str:
+    """A text as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")[:80]
+
+
 def _default_plot_file(arguments: argparse.Namespace) -> Path:
     names = [Path(name).stem for name in (*arguments.dataspec, *arguments.modelspec)]
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(names)).strip("-")[:80]
+    slug = _slug("_".join(names))
     chosen = (
         ("-kld", arguments.chart_kld),
         ("-position", arguments.by_position),

@@ -39,33 +39,36 @@ class _Table:
     text: Callable[[AtPosition], str]
 
 
-def print_positions(records: Sequence[ResultRecord], console: Console, kld: bool = False) -> None:
+def print_positions(
+    records: Sequence[ResultRecord], console: Console, kld: bool = False, text: str = ""
+) -> None:
     """The tables, each under a line that says what it is.
 
     Args:
         records: of one comparison.
         console: where to.
         kld: with KL divergence, where it is known.
+        text: its name, where there are several.
     """
-    found = _tables(records, kld)
+    found, where = _tables(records, kld), f"{text}: " if text else ""
     if not found:
-        say(console, (NONE, "dim"))
+        say(console, (where + NONE, "dim"))
     for table in found:
         rows = [record for record in records if table.buckets(record)]
         console.print()
-        say(console, (_MEANING.format(table.title), "dim"))
+        say(console, (where + _MEANING.format(table.title), "dim"))
         console.print()
         print_columns(rows, _columns(table, rows), console)
 
 
-def markdown_positions(records: Sequence[ResultRecord], kld: bool = False) -> str:
+def markdown_positions(records: Sequence[ResultRecord], kld: bool = False, text: str = "") -> str:
     """The same as Markdown."""
-    text = ""
+    lines, where = "", f"{text}: " if text else ""
     for table in _tables(records, kld):
         rows = [record for record in records if table.buckets(record)]
-        title = markdown_cell(_MEANING.format(table.title))
-        text += f"\n{title}:\n\n{markdown_table(rows, _columns(table, rows))}"
-    return text or f"\n{markdown_cell(NONE)}.\n"
+        title = markdown_cell(where + _MEANING.format(table.title))
+        lines += f"\n{title}:\n\n{markdown_table(rows, _columns(table, rows))}"
+    return lines or f"\n{markdown_cell(where + NONE)}.\n"
 
 
 def _tables(records: Sequence[ResultRecord], kld: bool) -> list[_Table]:

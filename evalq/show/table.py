@@ -246,8 +246,7 @@ def markdown(records: Sequence[ResultRecord], kld: bool = False) -> str:
 
 def as_csv(records: Sequence[ResultRecord]) -> str:
     """One line per record, raw numbers; notes joined by "; "."""
-    by_position = [field for record in records for field in positions_csv(record)]
-    return csv_lines([flat(record) for record in records], last=by_position)
+    return csv_lines([flat(record) for record in records], last=positions_fields(records))
 
 
 def csv_lines(rows: Sequence[Mapping[str, Any]], first: Sequence[str] = (), last: Sequence[str] = ()) -> str:
@@ -308,6 +307,11 @@ def plain_metrics(metrics: Mapping[str, Estimate]) -> dict[str, float | None]:
 def csv_names(metric: str) -> tuple[str, str, str, str]:
     """The columns of a metric in CSV: value, standard error, ends of the 95% interval."""
     return metric, f"{metric}_stderr", f"{metric}_low", f"{metric}_high"
+
+
+def positions_fields(records: Sequence[ResultRecord]) -> list[str]:
+    """The columns of CSV for what was measured by position in the window."""
+    return list(dict.fromkeys(field for record in records for field in positions_csv(record)))
 
 
 def positions_csv(record: ResultRecord) -> dict[str, float | None]:

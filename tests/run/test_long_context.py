@@ -60,6 +60,19 @@ def test_tables_csv_markdown_and_chart(runs: Runs, capsys: pytest.CaptureFixture
     assert Path("c.png").stat().st_size > 10_000
 
 
+def test_several_texts_have_tables_and_a_chart_each(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    models = runs.models({}, {"options": {"seed": 1}})
+    other = runs.write("other.json", json.dumps(json.loads(long_text(runs).read_text()) | {"eval_len": 3000}))
+    arguments = ["-d", str(long_text(runs)), str(other), "-m", str(models), "--reference", "Fake 0"]
+    outputs = ["--positions", "--by-position", "-o", "c.svg", "--markdown", "t.md", "--csv", "t.csv"]
+    assert compare_main([*arguments, *outputs]) == 0
+    assert capsys.readouterr().out.count("perplexity per token, by the number") == 2
+    assert Path("t.md").read_text().count("| model | 0-1k | 1k-2k | 2k-4k |") == 4
+    assert len(list(Path().glob("c-*.svg"))) == 2 and not Path("c.svg").exists()
+    rows = list(csv.DictReader(Path("t.csv").read_text().splitlines()))
+    assert len(rows) == 4 and all(float(row["ppl_2k_4k"]) > 1 for row in rows)
+
+
 def test_short_windows_say_what_to_do(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert runs.compare(runs.data(), runs.models({}), more=("--positions", "--by-position"))[0] == 0
     found = capsys.readouterr()
