@@ -25,6 +25,7 @@ from evalq.spec import (
 )
 from evalq.spec.base import shown
 from evalq.spec.files import is_file, validated
+from evalq.spec.texts import is_table
 
 _TEXTS = ("*.raw", "*.txt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -70,7 +71,9 @@ def data_spec(name: str) -> DataSpec:
     start = _start_of(path)
     if start.startswith(b"GGUF") or path.suffix.lower() == ".safetensors":
         raise SpecError(f"-d {shown(name)}: a model, not a text", "name models with -m")
-    return load_data_spec(path) if _is_json_object(start) else _spec_of_text(path)
+    # The first line of a .jsonl file is a JSON object too.
+    is_spec = not is_table(path.name) and _is_json_object(start)
+    return load_data_spec(path) if is_spec else _spec_of_text(path)
 
 
 def model_specs(names: Sequence[str], engine: str | None, offline: bool) -> list[ModelSpec]:

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from evalq.data.found import Found
 from evalq.data.protocols import TextBuilder
 from evalq.errors import DataError
 
@@ -103,6 +104,22 @@ BUILDERS: dict[TextBuilder, Callable[[str], tuple[str, ...]]] = {
     "file": whole_file,
     "documents": pages,
 }
+
+
+def build(builder: TextBuilder, found: Found) -> tuple[str, ...]:
+    """What a protocol tokenizes of a text.
+
+    A file of lines is built as WikiText is (`BUILDERS`). Documents are what WikiText's rows are to the tools:
+    they are joined by their separator, blank ones too ("joined") or not ("joined-nonblank"), the whole
+    without its last newline ("file"); for protocols that score pages each is a page unless it is blank.
+    """
+    if found.lines:
+        return BUILDERS[builder](found.documents[0])
+    kept = tuple(document for document in found.documents if document.strip())
+    if builder == "documents":
+        return kept
+    whole = found.separator.join(kept if builder == "joined-nonblank" else found.documents)
+    return whole_file(whole) if builder == "file" else (whole,)
 
 
 def facts_of(text: str) -> TextFacts:

@@ -217,6 +217,10 @@ class ResultRecord(_Measured):
     engine: str
     engine_version: str | None = None
     protocol: str
+    source: dict[str, Any] = Field(
+        default={},
+        description="where the text came from: data set and commit, or files and what was left out",
+    )
     scored_at: str | None = Field(default=None, description="when scoring ended, ISO 8601, UTC")
     notes: list[str] = []
     comparison: dict[str, Any] = Field(description="must be equal for two records to be compared")

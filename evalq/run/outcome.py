@@ -145,6 +145,7 @@ def _described(spec: ModelSpec, data: PreparedData) -> dict[str, Any]:
         "engine": spec.load_fn,
         "lora": None if spec.lora is None else spec.lora.plain_name,
         "protocol": data.settings.name,
+        "source": dict(data.text.origin),
         "comparison": data.comparison,
     }
 

@@ -5,18 +5,16 @@ from typing import Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from evalq.spec.base import MOST, Name, PathText, Spec, resolve_path
+from evalq.spec.base import MOST, Name, PathText, resolve_path
+from evalq.spec.texts import TextFields
+
+# Window of the GPTQ papers, in tokens.
+_PAPERS_LEN = 2048
 
 
-class DataSpec(Spec):
+class DataSpec(TextFields):
     """The text, its tokens and the protocol: everything models under comparison share."""
 
-    dataset: Literal["wiki2", "wikitext2", "sample", "text"] = Field(
-        description='"wiki2": WikiText-2 raw test; "sample": ships with evalq; "text": any UTF-8 file at path'
-    )
-    path: PathText | None = Field(
-        default=None, description="a local file: the text, or the original wiki.test.raw"
-    )
     tokenize_fn: Name = Field(default="auto", description='"auto", "transformers" or "gguf"')
     tokenizer_dir: PathText | None = Field(default=None, description="default: the first model's")
     protocol: Name = Field(default="exllamav3", description="how windows are cut and which tokens count")
@@ -49,17 +47,13 @@ class DataSpec(Spec):
         return None if rows == -1 else rows
 
     @model_validator(mode="after")
-    def _path_of_text(self) -> Self:
-        if self.dataset == "text" and self.path is None:
-            raise ValueError('dataset "text" needs "path", the text file')
-        if self.dataset == "sample" and self.path is not None:
-            raise ValueError('dataset "sample" ships with evalq: remove "path", or use dataset "text"')
+    def _windows_of_text(self) -> Self:
+        """As many tokens as the users of a named text score, unless the spec says how many."""
+        named = self.named_text
+        if named is not None and named.windows is not None and self.max_tokens is None:
+            tokens = named.windows * (self.eval_len or _PAPERS_LEN)
+            object.__setattr__(self, "max_tokens", tokens)  # a frozen spec is complete from here on
         return self
-
-    @property
-    def dataset_name(self) -> str:
-        """The canonical name: "wikitext2" is an alias."""
-        return "wiki2" if self.dataset == "wikitext2" else self.dataset
 
     def local(self, name: str) -> Path:
         """A path of this spec, relative to the file it was read from."""

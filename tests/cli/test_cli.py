@@ -46,7 +46,7 @@ def test_broken_json_names_line_and_column(runs: Runs, capsys: pytest.CaptureFix
     [
         ({"eval_len": "2048"}, 'data.json.eval_len: input should be a valid integer, not "2048"'),
         ({"eval_lenn": 5}, 'data.json.eval_lenn: unknown key (did you mean "eval_len"?)'),
-        ({"dataset": "c4"}, "dataset: input should be 'wiki2', 'wikitext2', 'sample' or 'text'"),
+        ({"dataset": "wiki3"}, 'dataset: no such text; did you mean "wiki2"? known: wiki2, wikitext-103'),
         ({"protocol": "exllama3"}, 'did you mean "exllamav3"'),
         ({"eval_len": 1}, "eval_len: input should be greater than or equal to 2"),
         ({"eval_len": 10**6, "eval_stride": 10**6}, "shorter than a window"),

@@ -53,34 +53,6 @@ def test_wikitext2_without_a_network(store: Store, monkeypatch: pytest.MonkeyPat
         load_text(DataSpec(dataset="wiki2"), store.texts, offline=False)
 
 
-def test_wikitext2_from_datasets_is_checked_and_kept(
-    wikitext2: Path, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The hub is out of reach for tests, so `load_dataset` is replaced by the rows it would return."""
-    import datasets
-
-    monkeypatch.delenv("EVALQ_WIKITEXT2")
-    original = wikitext2.read_text(encoding="utf-8")
-    rows = [f"{line}\n" if line.strip() else "" for line in original.split("\n")[:-1]]
-    asked: list[tuple[object, ...]] = []
-
-    def load_dataset(*names: str, split: str) -> dict[str, list[str]]:
-        asked.append((*names, split))
-        return {"text": rows}
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    text = load_text(DataSpec(dataset="wiki2"), store.texts, offline=False)
-    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
-    assert (store.root / "texts" / "wiki.test.raw").read_text(encoding="utf-8") == original
-    assert load_text(DataSpec(dataset="wiki2"), store.texts, offline=True) == text, (
-        "kept: no network the second time"
-    )
-    rows.pop()
-    (store.root / "texts" / "wiki.test.raw").unlink()
-    with pytest.raises(DataError, match="not the WikiText-2 raw test split.*4,357"):
-        load_text(DataSpec(dataset="wiki2"), store.texts, offline=False)
-
-
 def test_sample_is_long_enough_and_ships(store: Store) -> None:
     text = load_text(DataSpec(dataset="sample"), store.texts, offline=True)
     assert text.name == "sample" and sum(text.words_per_document) > 10_000

@@ -22,8 +22,9 @@ from evalq.spec import (
     resolve_path,
 )
 from evalq.spec.schema import schemas, text
+from evalq.spec.texts import NAMED_TEXTS
 
-SHIPPED_DATA = ["wiki2.json", "sample.json"]
+SHIPPED_DATA = [f"{name}.json" for name in NAMED_TEXTS]
 SHIPPED_MODELS = sorted(
     path.name for path in (ROOT / "specs").glob("*.json") if path.name not in SHIPPED_DATA
 )
