@@ -163,6 +163,10 @@ class TorchReference:
 
     def rows(self, packed_R: Packed) -> Any:
         """Kept rows ready for logits(): on the device, but for kept logits, which may not fit there."""
+        return self.placed(self.staged(packed_R))
+
+    def staged(self, packed_R: Packed) -> Any:
+        """Kept rows in the host's memory, ready for placed()."""
         import torch
 
         if self.head.kind == "logits":
@@ -172,10 +176,14 @@ class TorchReference:
         else:
             dtype = getattr(torch, self.head.dtype)
             rows = torch.from_numpy(np.ascontiguousarray(packed_R).view(np.int16)).view(dtype)
-        if self.device.type != "cuda":
-            return rows.to(self.device)
         # From pinned memory the copy does not wait for what the GPU still has to do.
-        return rows.pin_memory().to(self.device, non_blocking=True)
+        return rows.pin_memory() if self.device.type == "cuda" else rows
+
+    def placed(self, staged_R: Any) -> Any:
+        """Some of staged() rows, ready for logits()."""
+        if self.head.kind == "logits":
+            return staged_R
+        return staged_R.to(self.device, non_blocking=True)
 
     def logits(self, rows_Rd: Any) -> Any:
         """Logits of some of rows(), [R, V], in the type that the head gives; a tensor of its own."""

@@ -3,7 +3,6 @@
 What the workers do: `evalq.backends._vllm_worker`.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +38,7 @@ def wanted(request: LoadRequest) -> bool:
 
 
 def prepare(arguments: dict[str, Any], known: set[str]) -> None:
-    """Engine arguments and environment with which the workers show their logits.
+    """Engine arguments with which the workers show their logits.
 
     Args:
         arguments: of vllm.LLM, changed here.
@@ -47,8 +46,6 @@ def prepare(arguments: dict[str, Any], known: set[str]) -> None:
     """
     if "worker_extension_cls" in known:
         arguments["worker_extension_cls"] = _EXTENSION
-        # The second model runner makes no log-probabilities of the whole vocabulary.
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 
 def chunk_bytes(request: LoadRequest, is_cpu: bool) -> int:
@@ -93,12 +90,7 @@ class WorkerColumns:
         head = None if request.reference is None else request.reference.model_dump_json()
         why = "this version of vLLM has no worker_extension_cls"
         config = llm.llm_engine.vllm_config
-        if getattr(config, "use_v2_model_runner", False):
-            why = (
-                "vLLM's second model runner, which VLLM_USE_V2_MODEL_RUNNER=1 or the model asks for, makes "
-                "no distributions of the whole vocabulary"
-            )
-        elif getattr(config.parallel_config, "worker_extension_cls", "") == _EXTENSION:
+        if getattr(config.parallel_config, "worker_extension_cls", "") == _EXTENSION:
             arguments = (names, head, keep, chunk_bytes(request, is_cpu))
             answer = _answer(llm.collective_rpc("evalq_begin", args=arguments))
             if "refused" not in answer:
@@ -115,8 +107,10 @@ class WorkerColumns:
             return
         keep = REFERENCE_ROWS in batch.columns
         files = self._files(batch, names)
-        first, n_targets = batch.first_target, batch.shape[1]
-        windows = [[name, first, n_targets, file, keep] for name, file in zip(names, files, strict=True)]
+        windows = [
+            [name, targets_R.tolist(), batch.first_target, file, keep]
+            for name, targets_R, file in zip(names, batch.targets_BR, files, strict=True)
+        ]
         self.engine.collective_rpc("evalq_expect", args=(windows, self._given_up))
         self._given_up = []
 

@@ -9,7 +9,7 @@ Where vLLM can score given ids from a given position on (`prompt_logprob_token_i
 and the first targets are not wanted, the head is skipped for those. That way has no ranks.
 
 Columns beyond log-probability and top-1 are worked out inside vLLM's workers, which have the logits
-(`evalq.backends._vllm_worker`), by its first model runner.
+(`evalq.backends._vllm_worker`).
 
 Source: https://docs.vllm.ai/en/latest/api/vllm/sampling_params/
 """

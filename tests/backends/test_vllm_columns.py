@@ -17,7 +17,9 @@ from vllm_runs import PYTHON, VllmRuns, engine
 from evalq.backends import hf
 from evalq.backends._torch_reference import TorchReference
 from evalq.backends._vllm_columns import MORE
-from evalq.backends._vllm_worker import Expected, ScoringExtension, Tap
+from evalq.backends._vllm_runners import listen
+from evalq.backends._vllm_tap import Expected, Tap
+from evalq.backends._vllm_worker import ScoringExtension
 from evalq.engine.backend import Batch, LoadRequest
 from evalq.engine.columns import DISTRIBUTION_COLUMNS, REFERENCE_ROWS
 from evalq.engine.reference import ReferenceHead, StoredWeight, pack_float32, unpack_float32
@@ -96,16 +98,17 @@ def windows_of(ids: dict[str, list[int]], folder: Path, first: int) -> list[list
     """Announced windows, with rows of a reference in files."""
     rng, found = np.random.default_rng(2), []
     for name, tokens in ids.items():
-        n_targets = len(tokens) - first
+        targets = tokens[first:]
         file = folder / f"{name}.safetensors"
-        save_file({"rows": pack_float32(rng.normal(size=(n_targets, D)).astype(np.float32))}, file)
-        found.append([name, first, n_targets, str(file), False])
+        save_file({"rows": pack_float32(rng.normal(size=(len(targets), D)).astype(np.float32))}, file)
+        found.append([name, targets, first, str(file), False])
     return found
 
 
 def expected(runner: Runner, name: str, window: list[Any], reference: TorchReference) -> dict[str, Any]:
     """Float64, over the vocabulary that both share."""
-    _, first, n_targets, file, _ = window
+    _, targets, first, file, _ = window
+    n_targets = len(targets)
     q = (
         runner.hidden[name][first - 1 : first - 1 + n_targets].double() @ runner.head.double().T
     ).log_softmax(-1)
@@ -117,6 +120,7 @@ def expected(runner: Runner, name: str, window: list[Any], reference: TorchRefer
         "acceptance": torch.minimum(p.exp(), q_shared.exp()).sum(-1).numpy(),
         "entropy": -(q.exp() * q).sum(-1).numpy(),
         "argmax": q.argmax(-1).numpy(),
+        "logprob": q.gather(-1, torch.tensor(targets)[:, None])[:, 0].numpy(),
     }
 
 
@@ -138,30 +142,101 @@ def case(tmp_path: Path, first: int, names: tuple[str, ...] = ("0-ab12cd34", "1-
     return runner, windows_of(plain, tmp_path, first)
 
 
+def listening(
+    runner: Any, reference: TorchReference, windows: list[list[Any]], chunk_bytes: int = 2**20
+) -> Tap:
+    """A tap on a runner, which expects these windows."""
+    tap = Tap(runner.device, COLUMNS, reference, chunk_bytes)
+    assert listen(runner, tap)
+    tap.expect([Expected(*window) for window in windows], [])
+    return tap
+
+
+class SecondRunner:
+    """vLLM's second model runner: the rows of a step, all requests one after another, in chunks of 7 rows.
+
+    vLLM's own needs a GPU. `logits` keeps what each chunk was given, to see that nobody overwrites it.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, hidden: dict[str, Any], head: Any, ids: dict[str, list[int]]) -> None:
+        self.hidden, self.head, self.requests = hidden, head, ids
+        self.done = dict.fromkeys(ids, 0)
+        self.logits: list[tuple[Any, Any]] = []
+        self.prompt_logprobs_worker: Any = SimpleNamespace(compute_prompt_logprobs=self._chunks)
+
+    def step(self, **n_tokens: int) -> None:
+        """So many tokens of each request."""
+        names = list(n_tokens)
+        rows = [self.hidden[name][self.done[name] : self.done[name] + n_tokens[name]] for name in names]
+        batch = SimpleNamespace(
+            req_ids=names,
+            num_computed_prefill_tokens_np=np.array([self.done[name] for name in names]),
+            num_scheduled_tokens=np.array(list(n_tokens.values())),
+            query_start_loc_np=np.cumsum([0, *n_tokens.values()]),
+        )
+        self.prompt_logprobs_worker.compute_prompt_logprobs(self._logits, torch.cat(rows), batch)
+        for name, count in n_tokens.items():
+            self.done[name] += count
+
+    def _logits(self, rows_nd: Any) -> Any:
+        return rows_nd @ self.head.T
+
+    def _chunks(self, logits_fn: Any, hidden_nd: Any, batch: Any) -> None:
+        for first in range(0, len(hidden_nd), 7):
+            rows = hidden_nd[first : first + 7]
+            self.logits.append((logits_fn(rows), self._logits(rows)))
+
+
+@pytest.mark.parametrize("first", [1, 7, 19])
+@pytest.mark.parametrize("chunk_bytes", [1, 2**20])
+def test_chunks_across_requests_of_the_second_runner(
+    tmp_path: Path, reference: TorchReference, first: int, chunk_bytes: int
+) -> None:
+    model, windows = case(tmp_path, first)
+    ids = {name: request.prompt_token_ids for name, request in model.requests.items()}
+    a, b = list(ids)
+    runner = SecondRunner(model.hidden | {"other": model.hidden[a]}, model.head, ids | {"other": ids[a]})
+    tap = listening(runner, reference, windows, chunk_bytes)
+    for counts in ({a: 6, "other": 4, b: 3}, {b: 5}, {a: 14, b: 12}, {a: 1}):
+        runner.step(**counts)
+    for window, request in zip(windows, (a, b), strict=True):
+        check(tap, runner, window, reference, request)
+    for given, own in runner.logits:
+        np.testing.assert_array_equal(given.numpy(), own.numpy())
+
+
+def test_windows_given_up_may_be_gone_already(tmp_path: Path, reference: TorchReference) -> None:
+    runner, windows = case(tmp_path, 2)
+    tap = listening(runner, reference, windows)
+    runner.step(**dict.fromkeys(runner.requests, 20))
+    tap.take(["0"], tmp_path)
+    tap.expect([Expected("2", *windows[0][1:])], ["0", "1"])
+    assert tap.window("1") is None and tap.window("2") is not None
+
+
 @pytest.mark.parametrize("first", [1, 7, 19])
 @pytest.mark.parametrize("chunk_bytes", [1, 2**20])
 def test_chunks_of_several_requests_in_a_step(
     tmp_path: Path, reference: TorchReference, first: int, chunk_bytes: int
 ) -> None:
     runner, windows = case(tmp_path, first)
-    tap = Tap(runner, COLUMNS, reference, chunk_bytes)
-    for window in windows:
-        tap.windows[window[0]] = Expected(*window[1:])
+    tap = listening(runner, reference, windows, chunk_bytes)
     a, b = list(runner.requests)
     for counts in ({a: 6, b: 3}, {b: 5}, {a: 13, b: 12}, {a: 1}):
         runner.step(**counts)
     assert [len(returned) for returned in runner.returned.values()] == [19, 19]
     for window, request in zip(windows, (a, b), strict=True):
         check(tap, runner, window, reference, request)
-    assert not tap.windows
+    assert tap.window(a) is None and tap.window(b) is None
 
 
 def test_a_request_that_begins_again_and_one_that_nobody_asked_about(
     tmp_path: Path, reference: TorchReference
 ) -> None:
     runner, (window, _) = case(tmp_path, 2)
-    tap = Tap(runner, COLUMNS, reference, 2**20)
-    tap.windows[window[0]] = Expected(*window[1:])
+    tap = listening(runner, reference, [window])
     a, b = list(runner.requests)
     runner.step(**{a: 9, b: 20})
     runner.requests[a].num_computed_tokens = 0  # preempted: all of it is computed again
@@ -175,10 +250,8 @@ def test_what_goes_wrong_in_the_worker_is_told_when_the_results_are_asked_for(
 ) -> None:
     """An exception inside the engine's step would end the engine."""
     runner, windows = case(tmp_path, 2)
-    tap = Tap(runner, COLUMNS, reference, 2**20)
-    for window in windows:
-        tap.windows[window[0]] = Expected(*window[1:])
     Path(windows[0][3]).write_bytes(Path(windows[0][3]).read_bytes()[:40])
+    tap = listening(runner, reference, windows)
     a, b = list(runner.requests)
     runner.step(**{a: 20, b: 20})
     assert len(runner.returned[b]) == 19
@@ -188,8 +261,7 @@ def test_what_goes_wrong_in_the_worker_is_told_when_the_results_are_asked_for(
 
 def test_tokens_without_a_distribution_are_an_error(tmp_path: Path, reference: TorchReference) -> None:
     runner, (window, _) = case(tmp_path, 2)
-    tap = Tap(runner, COLUMNS, reference, 2**20)
-    tap.windows[window[0]] = Expected(*window[1:])
+    tap = listening(runner, reference, [window])
     runner.step(**{next(iter(runner.requests)): 9})
     message, category, _ = tap.take(["0"], tmp_path)["failure"]
     assert "8 of 18 tokens" in message and category == "engine_error"
@@ -197,7 +269,7 @@ def test_tokens_without_a_distribution_are_an_error(tmp_path: Path, reference: T
 
 def test_only_the_worker_with_the_head_answers() -> None:
     worker = ScoringExtension()
-    worker.evalq_expect([["0", 1, 5, "", False]], [])
+    worker.evalq_expect([["0", [7, 3], 1, "", False]], [])
     assert worker.evalq_take(["0"], "unused") is None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from evalq.backends import _vllm_worker
+from evalq.backends import _vllm_tap
 from evalq.backends.vllm import VllmBackend
 from evalq.engine.backend import Batch, LoadRequest
 from evalq.engine.reference import NumpyReference, ReferenceHead, unpack_float32
@@ -33,17 +33,18 @@ class Exactly:
         self.pieces = 0
 
     def listen(self) -> None:
-        reduce = _vllm_worker.Tap._reduce
+        reduce = _vllm_tap.Tap._reduce
 
-        def both(tap: Any, piece: Any, logprobs_nV: Any, token_ids_n: Any) -> None:
+        def both(tap: Any, piece: Any, logits_nV: Any, overwrite: bool) -> None:
             if piece.window is not None:
                 self.pieces += 1
                 # Requests are numbered on and on, windows from 0.
                 window = int(Path(piece.window.file).stem) % len(self.ids)
-                self.piece(window, piece.position, logprobs_nV.double().numpy())
-            reduce(tap, piece, logprobs_nV, token_ids_n)
+                rows = logits_nV[piece.row : piece.row + piece.n_rows]
+                self.piece(window, piece.position, rows.double().numpy())
+            reduce(tap, piece, logits_nV, overwrite)
 
-        _vllm_worker.Tap._reduce = both  # type: ignore[method-assign]
+        _vllm_tap.Tap._reduce = both  # type: ignore[method-assign]
 
     def piece(self, window: int, position: int, log_q: Any) -> None:
         for i, row in enumerate(log_q):
