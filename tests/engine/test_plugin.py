@@ -101,7 +101,7 @@ from evalq.spec import load_data_spec, load_model_specs
 quiet = SimpleNamespace(**dict.fromkeys(("status", "model", "event", "record"), lambda *given: None))
 settings = RunSettings(columns=tuple(sys.argv[4].split(",")))
 data, models, store = map(Path, sys.argv[1:4])
-(record,) = compare(load_data_spec(data), load_model_specs(models), Store(store), settings, quiet)
+(record,) = compare([load_data_spec(data)], load_model_specs(models), Store(store), settings, quiet)
 print(record.model_dump_json())
 """
 
