@@ -5,14 +5,23 @@ Parameters: https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
 
 import ctypes
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from evalq.backends import _llama
-from evalq.engine.backend import LoadRequest, Option
+from evalq.engine.backend import LoadRequest, Option, kv_cache_option
+from evalq.engine.kv_cache import AUTO, KV_CACHE, CacheTypes, KvCache, cache_of, parse
 from evalq.errors import ModelError
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl")
+CACHES = CacheTypes(
+    "llama.cpp",
+    ("f32", "fp16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"),
+    more="quantized values need flash attention",
+)
+PLAIN_CACHE = KvCache("fp16", "fp16")
+CACHE_OPTIONS = (KV_CACHE, "cache_type_k", "cache_type_v")
 _SPLIT_MODES = ("none", "layer", "row")
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 # With fewer tokens per sequence in a pass, the CPU's flash attention takes another kernel, which accumulates
@@ -30,8 +39,9 @@ OPTIONS: dict[str, Option] = {
     "n_batch": Option((int,), "tokens per llama_decode, which bounds the logits buffer; default n_ubatch"),
     "n_ubatch": Option((int,), "tokens per pass; default 512, on a CPU 256 for longer windows"),
     "flash_attn": Option((str, bool), 'default "auto": where supported', ("auto", True, False), numeric=True),
-    "cache_type_k": Option((str,), "type of cached keys; default f16", _CACHE_TYPES, numeric=True),
-    "cache_type_v": Option((str,), "type of cached values; default f16", _CACHE_TYPES, numeric=True),
+    KV_CACHE: kv_cache_option(CACHES),
+    "cache_type_k": Option((str,), "older name of kv_cache's K; default f16", _CACHE_TYPES, numeric=True),
+    "cache_type_v": Option((str,), "older name of kv_cache's V; default f16", _CACHE_TYPES, numeric=True),
 }
 
 
@@ -70,6 +80,8 @@ def make_plan(request: LoadRequest) -> Plan:
     n_ubatch = options.get("n_ubatch", n_batch)
     if n_ubatch > n_batch:
         raise ModelError(f'option "n_ubatch" is {n_ubatch}, above n_batch ({n_batch})', "bad_option")
+    if request.step_tokens is not None:
+        n_batch = min(n_batch, batch_windows * request.step_tokens)
     n_batch = max(batch_windows, n_batch // request.divide_work)
     return Plan(
         threads=options.get("threads", default_threads()),
@@ -97,6 +109,36 @@ def model_params(plan: Plan, options: dict[str, Any]) -> Any:
             raise ModelError(f'option "tensor_split" takes up to {limit} numbers, not {shares}', "bad_option")
         params.tensor_split = (ctypes.c_float * limit)(*shares)
     return params
+
+
+def cache_types(options: Mapping[str, Any]) -> KvCache:
+    """Types of keys and values. Raises ModelError("bad_option") for two that cannot go together."""
+    older = [name for name in CACHE_OPTIONS[1:] if name in options]
+    found = cache_of(options)
+    if found is not None and older:
+        raise ModelError(f"kv_cache and {older[0]} say the same thing", "bad_option", f"remove {older[0]}")
+    if found is None:
+        found = KvCache(*(_type(options.get(f"cache_type_{side}", AUTO)) for side in "kv"))
+    if found.v_bits < PLAIN_CACHE.bits and options.get("flash_attn") is False:
+        raise ModelError(
+            f"llama.cpp reads quantized values ({found.v}) with flash attention only",
+            "bad_option",
+            "remove flash_attn",
+        )
+    return found
+
+
+def _type(name: str) -> str:
+    """llama.cpp's name of a type as `kv_cache` spells it."""
+    found = parse(name) or PLAIN_CACHE
+    return found.k
+
+
+def _ggml_type(name: str) -> int:
+    """Number of a type in ggml.h, of which llama-cpp-python lacks some."""
+    from gguf.constants import GGMLQuantizationType
+
+    return int(GGMLQuantizationType["F16" if name == "fp16" else name.upper()])
 
 
 def context_params(plan: Plan, options: dict[str, Any]) -> Any:
@@ -135,9 +177,8 @@ def _params(plan: Plan, options: dict[str, Any], n_sequences: int, n_tokens: int
     params.no_perf = True
     flash_attn = {"auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO, True: 1, False: 0}
     params.flash_attn_type = flash_attn[options.get("flash_attn", "auto")]
-    for side in ("type_k", "type_v"):
-        name = options.get(f"cache_{side}", "f16")
-        setattr(params, side, getattr(llama_cpp, f"GGML_TYPE_{name.upper()}"))
+    types = cache_types(options)
+    params.type_k, params.type_v = _ggml_type(types.k), _ggml_type(types.v)
     return params
 
 

@@ -15,6 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ from evalq.engine.backend import (
     Scores,
     Tokenizer,
     check_generation,
+    kv_cache_option,
 )
 from evalq.engine.columns import ENTROPY, LOGPROB, TOP1, TOP1_BOUND
+from evalq.engine.kv_cache import KV_CACHE, CacheTypes, cache_of
 from evalq.errors import ModelError
 
 OPTIONS = {
@@ -60,11 +63,13 @@ OPTIONS = {
             "chatter",
             "no-top1",
             "hold-interpreter",
+            "ignore-cache",
             "no-generate",
             "oom-generate",
         ),
         numeric=True,
     ),
+    KV_CACHE: kv_cache_option(CacheTypes("fake", ("fp16", "q8_0", "q4_0"))),
     "misbehave_after": Option((int,), "windows scored before it does (default 0)"),
     "misbehave_from": Option((int,), "only in windows of so many tokens or more (default 0)"),
 }
@@ -119,6 +124,11 @@ class FakeBackend(Backend):
             raise ModelError("closed twice", "engine_error")
         model.handle = None
 
+    def score_other_cache(self, model: LoadedModel, batch: Batch) -> Scores:
+        """Without the rounding that it makes up for a cache."""
+        plain = {name: value for name, value in model.handle.items() if name != KV_CACHE}
+        return _score(replace(model, handle=plain), batch)
+
     def load_tokenizer(self, path: Path, trust_remote_code: bool = False) -> Tokenizer:
         """The byte tokenizer, whatever the path."""
         return _Tokenizer()
@@ -159,6 +169,9 @@ def _score(model: LoadedModel, batch: Batch) -> Scores:
         logprob = np.zeros(batch.shape, np.float32)
     else:
         logprob = _hashed(batch.ids_BT, batch.first_target, options.get("seed", 0))
+    cache = cache_of(options)
+    if cache is not None and options.get("misbehave") != "ignore-cache":
+        logprob *= np.float32(1 + 2**-cache.bits)
     long_enough = batch.ids_BT.shape[1] >= options.get("misbehave_from", 0)
     if long_enough and options["scored"] >= options.get("misbehave_after", 0):
         logprob = _misbehave(options.get("misbehave"), logprob)

@@ -9,9 +9,9 @@ Parameters: https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
 import ctypes
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,11 @@ from evalq.backends import _llama
 from evalq.backends._llama_batch import COLUMNS, LlamaBatch, score_rows
 from evalq.backends._llama_generate import Generation
 from evalq.backends._llama_plan import (
+    CACHE_OPTIONS,
     OPTIONS,
+    PLAIN_CACHE,
     Plan,
+    cache_types,
     context_params,
     generation_params,
     make_plan,
@@ -44,6 +47,7 @@ from evalq.engine.backend import (
     reading_ahead,
 )
 from evalq.engine.columns import REFERENCE, REFERENCE_ROWS
+from evalq.engine.kv_cache import KV_CACHE, KvCache, step_bounds
 from evalq.engine.reference import NumpyReference, Packed, ReferenceHead
 from evalq.errors import ModelError
 
@@ -130,6 +134,22 @@ class GgufBackend(Backend):
         """The tokenizer of a GGUF file or of a directory that holds one, without its weights."""
         return load_tokenizer(path)
 
+    def kv_cache(self, options: Mapping[str, Any]) -> KvCache | None:
+        """By either name; None for llama.cpp's own, f16."""
+        found = cache_types(options)
+        return None if found == PLAIN_CACHE and KV_CACHE not in options else found
+
+    def score_other_cache(self, model: LoadedModel, batch: Batch) -> Scores:
+        """With a second context on the same weights, whose cache is f16."""
+        handle: _Handle = model.handle
+        options = {name: value for name, value in handle.options.items() if name not in CACHE_OPTIONS}
+        plain = replace(handle, options=options, kept=None, reference=None, generation=None)
+        plain.context = _context(plain)
+        try:
+            return _score(plain, batch)
+        finally:
+            _llama.engine().llama_free(plain.context)
+
 
 def _load(request: LoadRequest) -> LoadedModel:
     """Load a GGUF file and size a context for the request's windows.
@@ -146,22 +166,28 @@ def _load(request: LoadRequest) -> LoadedModel:
     try:
         _check_model(model, path, plan)
         adapter = None if request.adapter is None else _llama.open_adapter(model, request.adapter)
-        context = llama_cpp.llama_init_from_model(model, context_params(plan, request.options))
-        if not context:
-            raise _llama.failure("no context could be made", path, "engine_error")
-        if adapter is not None:
-            _llama.apply_adapter(context, adapter, path)
+        handle = _Handle(path, model, None, plan, LlamaBatch(plan.n_batch), None)
+        handle.options, handle.adapter = request.options, adapter
+        handle.context = _context(handle)
     except ModelError:
         llama_cpp.llama_model_free(model)  # and with it the adapter
         raise
-    pool = ThreadPoolExecutor(plan.threads) if plan.threads > 1 else None
-    handle = _Handle(path, model, context, plan, LlamaBatch(plan.n_batch), pool)
-    handle.options, handle.adapter = request.options, adapter
+    handle.pool = ThreadPoolExecutor(plan.threads) if plan.threads > 1 else None
     if REFERENCE_ROWS in request.columns:
         handle.kept = _kept(handle)
     if request.reference is not None:
         handle.reference = NumpyReference(request.reference)
     return _describe(handle)
+
+
+def _context(handle: _Handle) -> Any:
+    """A llama_context for the windows of its plan. Raises ModelError."""
+    context = _llama.engine().llama_init_from_model(handle.model, context_params(handle.plan, handle.options))
+    if not context:
+        raise _llama.failure("no context could be made", handle.path, "engine_error")
+    if handle.adapter is not None:
+        _llama.apply_adapter(context, handle.adapter, handle.path)
+    return context
 
 
 def _generation(handle: _Handle, n_prompts: int, n_tokens: int) -> Generation:
@@ -287,6 +313,9 @@ def _describe(handle: _Handle) -> LoadedModel:
     notes = [line for line in _llama.LOG.warnings() if re.search(_NOTABLE_WARNING, line)]
     if device == "cpu" and not re.search(r"F32|F16", dtype):
         notes.append("llama.cpp's CPU kernels round activations to 8 bits before quantized weights")
+    rotated = {m[1].upper() for m in _llama.LOG.matches(r"attn_rot_([kv]) = 1")}
+    if rotated:
+        notes.append(f"llama.cpp rotates {' and '.join(sorted(rotated))} before it quantizes them (Hadamard)")
     features = re.findall(r"(\w+) = 1", llama_cpp.llama_print_system_info().decode())
     return LoadedModel(
         handle=handle,
@@ -319,7 +348,9 @@ def _score_windows(
     llama_cpp = _llama.engine()
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(handle.context), True)
     n_rows, n_tokens = ids_BT.shape
-    for first, end in pairwise(_piece_bounds(n_tokens - 1, handle.plan)):
+    # What fits one llama_decode; equal pieces, so that none falls below FLASH_TILE_TOKENS.
+    at_once = handle.plan.n_batch // handle.plan.batch_windows
+    for first, end in pairwise(step_bounds(n_tokens - 1, at_once)):
         hidden_Nd, logits_NV = _decoded(handle, ids_BT[:, first:end], first, start)
         scored = max(first, start)
         if scored >= end:
@@ -375,15 +406,6 @@ def _decoded(
 def _vocab_size(handle: _Handle) -> int:
     llama_cpp = _llama.engine()
     return int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(handle.model)))
-
-
-def _piece_bounds(n_positions: int, plan: Plan) -> list[int]:
-    """Where to cut a window so that each piece of every row fits one llama_decode.
-
-    Equal pieces, because a short last one could fall below FLASH_TILE_TOKENS.
-    """
-    n_pieces = -(-n_positions // (plan.n_batch // plan.batch_windows))
-    return [n_positions * i // n_pieces for i in range(n_pieces + 1)]
 
 
 def _decode_failure(handle: _Handle, status: int) -> ModelError:

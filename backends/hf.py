@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from evalq.engine.backend import (
     reading_ahead,
 )
 from evalq.engine.columns import REFERENCE_ROWS
+from evalq.engine.kv_cache import step_bounds
 from evalq.engine.reference import ReferenceHead
 from evalq.errors import ModelError
 
@@ -100,6 +102,7 @@ class _Handle:
         chunk_rows: rows of logits to make at once.
         kept: how this model's distributions are kept as a reference; None where they are not asked for.
         reference: distributions that this model is compared with, or None.
+        step_tokens: tokens of a window in one forward pass at most, None for all of them.
     """
 
     model: Any
@@ -108,6 +111,7 @@ class _Handle:
     chunk_rows: int
     kept: ReferenceHead | None = None
     reference: TorchReference | None = None
+    step_tokens: int | None = None
 
 
 class HfBackend(Backend):
@@ -181,6 +185,7 @@ def _load(request: LoadRequest) -> LoadedModel:
     vocab_size = int(head.weight.shape[0]) if hasattr(head, "weight") else int(_text_config(model).vocab_size)
     chunk_bytes = options.get("head_chunk_mib", HEAD_CHUNK_MIB) * MIB // request.divide_work
     handle = _Handle(model, _body_of(model), head, max(1, chunk_bytes // (4 * vocab_size)))
+    handle.step_tokens = request.step_tokens
     noise = options.get(LAYER_NOISE, 0)
     if noise:
         LayerNoise(handle.body or model, int(_text_config(model).num_hidden_layers), noise)
@@ -215,11 +220,7 @@ def _score(handle: "_Handle", batch: Batch) -> Scores:
     with torch.inference_mode():
         inputs = torch.from_numpy(np.ascontiguousarray(batch.ids_BT[:, :-1])).to(handle.model.device)
         targets = torch.from_numpy(np.ascontiguousarray(batch.targets_BR)).flatten()
-        if handle.body is None:
-            kept = inputs.shape[1] - first
-            rows = handle.model(inputs, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
-        else:
-            rows = handle.body(inputs, use_cache=False).last_hidden_state[:, first:]
+        rows = _rows(handle, inputs, first)
         rows_RH = rows.flatten(0, 1)
         keeper = RowKeeper(handle.kept) if REFERENCE_ROWS in batch.columns else None
         found = score_rows(
@@ -234,6 +235,33 @@ def _score(handle: "_Handle", batch: Batch) -> Scores:
         if keeper is not None:
             scores[REFERENCE_ROWS] = keeper.rows(rows_RH, batch.shape)
         return scores
+
+
+def _rows(handle: "_Handle", inputs_BT: Any, first: int) -> Any:
+    """What goes into the head at positions from `first` on, [B, R, H]; the logits where body is None."""
+    n_inputs = inputs_BT.shape[1]
+    if handle.step_tokens is None or n_inputs <= handle.step_tokens:
+        return _forward(handle, inputs_BT, n_inputs - first, {"use_cache": False})
+    import torch
+    from transformers import DynamicCache
+
+    # Of the model's own kinds of layers: full, sliding windows, states.
+    through = {"use_cache": True, "past_key_values": DynamicCache(config=handle.model.config)}
+    found = []
+    for start, end in pairwise(step_bounds(n_inputs, handle.step_tokens)):
+        step_BT = inputs_BT[:, start:end]
+        found.append(_forward(handle, step_BT, max(0, end - max(start, first)), through))
+    return torch.cat(found, dim=1)
+
+
+def _forward(handle: "_Handle", inputs_BT: Any, kept: int, cache: dict[str, Any]) -> Any:
+    """One forward pass: of its last `kept` positions, as _rows() returns them."""
+    n_inputs = inputs_BT.shape[1]
+    if handle.body is None:
+        rows = handle.model(inputs_BT, logits_to_keep=max(1, kept), **cache).logits
+    else:
+        rows = handle.body(inputs_BT, **cache).last_hidden_state
+    return rows[:, rows.shape[1] - kept :] if kept < n_inputs else rows
 
 
 def _logits(handle: "_Handle", rows_RH: Any) -> Any:

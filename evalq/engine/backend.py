@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from evalq.checkpoint.adapter import Adapter
 from evalq.engine.columns import DEFAULT_COLUMNS, LOGPROB, TOP1, Column
+from evalq.engine.kv_cache import CacheTypes, KvCache, cache_of
 from evalq.engine.reference import ReferenceHead
 from evalq.errors import ModelError
 
@@ -52,6 +53,8 @@ class Option:
         numeric: changes the log-probabilities by design (dtype, attention kind), so it is part of a
             result's identity. False for how the work is carried out (threads, batch, device).
         minimum: the smallest number accepted, None for any.
+        canonical: a value of the right kind -> the one way it is written in identities, None where it says
+            no more than leaving it out; raises ValueError with what is wrong and what is accepted.
     """
 
     kind: tuple[type, ...]
@@ -59,6 +62,12 @@ class Option:
     choices: tuple[Any, ...] | None = None
     numeric: bool = False
     minimum: float | None = None
+    canonical: Callable[[Any], Any] | None = None
+
+
+def kv_cache_option(types: CacheTypes) -> Option:
+    """The option "kv_cache" of an engine with these types."""
+    return Option((str,), types.help, numeric=True, canonical=types.canonical)
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,8 @@ class LoadRequest:
         generate: how many prompts at once will be sent to generate(); 0 for none.
         prompt_tokens: the most tokens that one of them has.
         new_tokens: how many tokens will be asked for.
+        step_tokens: at most so many tokens of a window in one forward pass, through the engine's KV cache, so
+            that later steps read what earlier ones wrote; None leaves it to the engine.
     """
 
     path: Path
@@ -102,6 +113,7 @@ class LoadRequest:
     generate: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
+    step_tokens: int | None = None
 
     def require_directory(self, takes_overlay: bool = False) -> None:
         """Raise ModelError (bad_option) for a file, or for an overlay where none is taken."""
@@ -166,6 +178,7 @@ class LoadedModel:
         setup_seconds: time that score() spent on work it does once (recording a graph), which is not counted
             in tokens per second; score() adds to it.
         reference_head: how its distributions are kept, where `REFERENCE_ROWS` are asked for and it has them.
+        kv_bits: per element of the KV cache, where the engine's own is not of the type of its arithmetic.
     """
 
     handle: Any
@@ -183,6 +196,7 @@ class LoadedModel:
     warm_up: bool = False
     setup_seconds: float = 0.0
     reference_head: ReferenceHead | None = None
+    kv_bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -364,6 +378,21 @@ class Backend(ABC):
     @abstractmethod
     def close(self, model: LoadedModel) -> None:
         """Free the model."""
+
+    def kv_cache(self, options: Mapping[str, Any]) -> KvCache | None:
+        """Types of the cached keys and values that checked options name; None for the engine's own."""
+        return cache_of(options)
+
+    def score_other_cache(self, model: LoadedModel, batch: Batch) -> Scores | None:
+        """Score a batch as score() does, in the same steps, with other numbers in the KV cache.
+
+        Unquantized ones, or, where the engine cannot hold both, none. Scores that are the same bit for bit
+        show that the cache is not read. Asked of models with a quantized cache, before anything is scored.
+
+        Returns:
+            As score(); None where the engine cannot tell, which the record then says.
+        """
+        return None
 
     def load_tokenizer(self, path: Path, trust_remote_code: bool = False) -> Tokenizer:
         """The tokenizer at `path`, where has_tokenizer says that there are some. Raises ModelError."""

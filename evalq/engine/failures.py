@@ -78,6 +78,11 @@ CATEGORIES: dict[str, Category] = {
     "bad_adapter": Category(
         "the LoRA adapter does not go on this model or engine", "take the adapter's own base model"
     ),
+    "not_measured": Category(
+        "the engine does not read its quantized KV cache",
+        'leave "kv_cache" out of the options, or take longer windows (eval_len), another attention kernel or '
+        "another version of the engine",
+    ),
     "bad_option": Category("an engine option is wrong", "correct it in the model spec's options"),
     "non_finite": Category(
         "the engine returned NaN or infinite log-probabilities",

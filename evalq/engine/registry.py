@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from evalq.engine.backend import Backend, Option
+from evalq.engine.kv_cache import KvCache
 from evalq.errors import ModelError, SpecError
 from evalq.spec import ModelSpec, nearest
 
@@ -144,6 +145,11 @@ class Engine:
         """The backend that scores it. Raises ModelError (engine_missing)."""
         return backend(self.forward)
 
+    @property
+    def kv_cache(self) -> KvCache | None:
+        """Types of the KV cache that the options name. Raises ModelError (engine_missing)."""
+        return self.loader.kv_cache(self.options)
+
 
 def resolve_engine(spec: ModelSpec) -> Engine:
     """Look up a model spec's backends and check its options. Raises SpecError."""
@@ -156,9 +162,13 @@ def resolve_engine(spec: ModelSpec) -> Engine:
         )
     known = backend(alias.backend).options
     chosen = spec.options_for(known)
-    options = alias.options | chosen.options
-    for name, value in options.items():
-        _check_option(name, value, known, chosen.where.get(name, f"{spec.where}.load_fn: {name}"))
+    options: dict[str, Any] = {}
+    for name, value in (alias.options | chosen.options).items():
+        where = chosen.where.get(name, f"{spec.where}.load_fn: {name}")
+        _check_option(name, value, known, where)
+        kept = _canonical(known[name], value, where)
+        if kept is not None:
+            options[name] = kept
     numeric = {name: value for name, value in sorted(options.items()) if known[name].numeric}
     return Engine(alias.backend, forward, options, numeric, chosen.notes)
 
@@ -178,3 +188,11 @@ def _check_option(name: str, value: Any, known: Mapping[str, Option], where: str
     numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int | float)]
     if option.minimum is not None and any(not n >= option.minimum for n in numbers):
         raise SpecError(f"{where}: should be {option.minimum:g} or more, not {shown}")
+
+
+def _canonical(option: Option, value: Any, where: str) -> Any:
+    """The value as identities hold it, None where it is the default. Raises SpecError."""
+    try:
+        return value if option.canonical is None else option.canonical(value)
+    except ValueError as error:
+        raise SpecError(f"{where}: {error}") from None

@@ -192,8 +192,18 @@ class ResultRecord(_Measured):
     disk_gib: float | None = Field(default=None, description="every tensor, GiB")
     format: str | None = Field(default=None, description="checkpoint format in one line")
     lora: str | None = Field(default=None, description="name of the adapter on top")
+    kv_cache: str | None = Field(
+        default=None, description="type of cached keys and values, K/V apart; null for the engine's own"
+    )
+    kv_bits: float | None = Field(
+        default=None, description="bits per element of the KV cache, scales included; mean of keys and values"
+    )
+    kv_bits_k: float | None = Field(default=None, description="of the keys")
+    kv_bits_v: float | None = Field(default=None, description="of the values")
     derived: bool = Field(
-        default=False, description="made out of another checkpoint (dequantized, merged), or with an adapter"
+        default=False,
+        description="made out of another checkpoint (dequantized, merged), with an adapter, or with a "
+        "quantized KV cache",
     )
     model: ModelFacts | None = None
 

@@ -1,6 +1,7 @@
 """What the store holds and the headers say -> a ResultRecord."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from evalq.data.windows import StreamFacts, WindowPlan
@@ -49,6 +50,7 @@ def scored_record(
         status="ok",
         **_described(model.spec, data),
         **_bits(model),
+        **_cache_bits(model, run),
         metrics=metrics,
         model=model.facts,
         tokens_scored=measured.n_tokens,
@@ -97,7 +99,7 @@ def failed_record(
         status="failed",
         error=Failure(category=error.category, message=error.message, remedy=remedy_of(error)),
         **_described(spec, data),
-        **({} if model is None else _bits(model)),
+        **({} if model is None else {**_bits(model), **_cache_bits(model, {})}),
         model=None if model is None else model.facts,
         engine_version=None if model is None else _engine_version(model),
         notes=[*spec.notes, *(() if model is None else model.engine.notes)],
@@ -162,6 +164,22 @@ def _bits(model: PreparedModel) -> dict[str, Any]:
         "format": storage.format,
         "derived": model.derived,
     }
+
+
+def _cache_bits(model: PreparedModel, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The KV cache: as the options name it, else what the run tells of the engine's own."""
+    cache = model.engine.kv_cache
+    if cache is not None:
+        return {
+            "kv_cache": str(cache),
+            "kv_bits": cache.bits,
+            "kv_bits_k": cache.k_bits,
+            "kv_bits_v": cache.v_bits,
+        }
+    bits = _number(run.get("kv_bits"))
+    if bits is None and run.get("dtype"):  # keys and values are what the arithmetic makes
+        bits = 32.0 if run["dtype"] == "float32" else 16.0
+    return {"kv_bits": bits, "kv_bits_k": bits, "kv_bits_v": bits}
 
 
 def _engine_version(model: PreparedModel) -> str:

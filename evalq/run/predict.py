@@ -6,6 +6,7 @@ predicted figures. Where the estimates leave it open, the engine is started.
 
 from evalq.data.windows import WindowPlan
 from evalq.engine.backend import LoadRequest, Machine, Prediction
+from evalq.engine.kv_cache import step_tokens
 from evalq.errors import ModelError, SpecError
 from evalq.machine import environment
 from evalq.run.prepare_model import PreparedModel
@@ -22,6 +23,7 @@ def predict(model: PreparedModel, plan: WindowPlan) -> Prediction | None:
         options=model.engine.options,
         load_fn=model.spec.load_fn,
         adapter=model.adapter,
+        step_tokens=step_tokens(model.engine.options),
     )
     try:
         return model.engine.loader.predict(request, _machine(model))

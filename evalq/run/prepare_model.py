@@ -57,7 +57,8 @@ class PreparedModel:
         facts: what a record says of it.
         identity: what the model's part of a result depends on.
         legacy_identity: the same as evalq 0.1 wrote it.
-        derived: made out of another checkpoint, with an adapter on top, or with noise in its layers.
+        derived: made out of another checkpoint, with an adapter on top, with noise in its layers or a
+            quantized KV cache.
         adapter: on top of it, or None.
     """
 
@@ -133,9 +134,15 @@ def _prepare(spec: ModelSpec, store: Store, offline: bool) -> PreparedModel:
         facts=_facts(files, checkpoint),
         identity=identity,
         legacy_identity=legacy,
-        derived=adapter is not None or checkpoint.provenance is not None or LAYER_NOISE in spec.options,
+        derived=adapter is not None or checkpoint.provenance is not None or _changed(engine),
         adapter=adapter,
     )
+
+
+def _changed(engine: Engine) -> bool:
+    """Whether options make it another model than its weights: noise in its layers, a quantized KV cache."""
+    cache = engine.kv_cache
+    return LAYER_NOISE in engine.options or (cache is not None and cache.quantized)
 
 
 def _nameless(print_: Fingerprint) -> dict[str, Any]:

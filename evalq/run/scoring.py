@@ -19,6 +19,7 @@ from evalq.data.tokens import TokenStream, cut, read_stream
 from evalq.data.windows import Window, WindowPlan, plan_windows
 from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Scores
 from evalq.engine.columns import LOGPROB, REFERENCE_ROWS
+from evalq.engine.kv_cache import step_tokens
 from evalq.engine.registry import backend
 from evalq.errors import ModelError, StoreError
 from evalq.files import write_json
@@ -26,6 +27,7 @@ from evalq.machine import environment
 from evalq.results.kept import NOT_KEPT, KeptInputs, KeptReference, stored_names
 from evalq.results.store import Held, ResultDir
 from evalq.results.tokens import Part, Timing
+from evalq.run.cache_check import check_cache
 from evalq.run.checks import check_model, check_reference, check_scores, given_columns
 from evalq.run.job import ScoreJob, TextJob, other_evalq
 from evalq.run.peak import peak_bytes, reset_peak, resident_bytes
@@ -60,7 +62,9 @@ def score(job: ScoreJob, emit: Emit) -> None:
         emit("loading")
         loaded = _load(job, left)
         emit("loaded", seconds=loaded.seconds, device=loaded.model.device)
-        for text in _that_fit(left, loaded.model, emit):
+        fitting = _that_fit(left, loaded.model, emit)
+        loaded = _with_cache_checked(job, fitting, loaded)
+        for text in fitting:
             emit("text", name=text.job.name)
             _score_text(job, text, loaded, emit)
             emit("text_done", name=text.job.name)
@@ -158,6 +162,7 @@ def _load(job: ScoreJob, texts: Sequence[_Text]) -> _Loaded:
         adapter=read_adapter(Path(job.lora.path), job.lora.name) if job.lora else None,
         divide_work=job.divide_work,
         columns=columns,
+        step_tokens=step_tokens(job.options),
         reference=next((text.beside.kept.head() for text in texts if text.beside.kept is not None), None),
     )
     started = time.perf_counter()
@@ -181,6 +186,16 @@ def _that_fit(texts: Sequence[_Text], model: LoadedModel, emit: Emit) -> list[_T
         else:
             fitting.append(text)
     return fitting
+
+
+def _with_cache_checked(job: ScoreJob, texts: Sequence[_Text], loaded: _Loaded) -> _Loaded:
+    """Raise ModelError (not_measured) for a quantized KV cache that is not read."""
+    cache = backend(job.load).kv_cache(job.options)
+    if cache is None or not cache.quantized or not texts:
+        return loaded
+    longest = max(texts, key=lambda text: text.plan.longest_tokens)
+    loaded.model.notes += check_cache(backend(job.forward), loaded.model, cache, longest.plan, longest.stream)
+    return replace(loaded, n_notes=len(loaded.model.notes))
 
 
 def _score_text(job: ScoreJob, text: _Text, loaded: _Loaded, emit: Emit) -> None:
@@ -399,6 +414,7 @@ def _described(job: ScoreJob, model: LoadedModel, memory_after_load: int) -> dic
         "notes": model.notes,
         "versions": model.versions,
         "memory": model.memory,
+        "kv_bits": model.kv_bits,
         "memory_after_load_gib": memory_after_load / GIB,
         "peak_memory_gib": peak / GIB if peak else None,
         "threads": model.versions.get("threads") or os.environ.get("OMP_NUM_THREADS"),

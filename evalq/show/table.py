@@ -28,7 +28,7 @@ _CSV_FIELDS = (
     "label layer_bpw head_bpw vram_gb ppl ppl_stderr status tokens_scored tokens_per_second load_seconds "
     "disk_gib format bits_per_byte word_ppl top1 tokens_nonfinite peak_memory_gib engine engine_version "
     "protocol key error error_category remedy reference ppl_ratio ln_ratio ln_ratio_stderr significant notes "
-    "verdict kld_floor kld_floor_label"
+    "verdict kld_floor kld_floor_label kv_cache kv_bits kv_bits_k kv_bits_v"
 ).split()
 # Rows of metrics that have a column of their own as the perplexity of the protocol.
 _HEADLINES = ("ppl", "word_ppl")
@@ -104,6 +104,7 @@ def columns(table: Shown, kld: bool = False) -> list[Column[ResultRecord]]:
             "head", lambda r: number(r.head_bpw, 3), MINOR + 1, right=True, long_header="head bpw"
         ),
         Column[ResultRecord]("GiB", lambda r: number(r.vram_gb, 3), MINOR, right=True),
+        *_cache_columns(table.records),
         Column[ResultRecord](
             f"PPL/{per}", lambda r: number(r.headline_ppl, 4), right=True, long_header=f"PPL per {per}"
         ),
@@ -127,6 +128,20 @@ def columns(table: Shown, kld: bool = False) -> list[Column[ResultRecord]]:
         found.append(Column(name, change_cell, MAJOR, right=True, help=meaning))
     found += _metric_columns(table.records, kld)
     return [*found, Column("status", lambda r: _status(table, r), MAJOR, style=_status_style)]
+
+
+def _cache_columns(records: Sequence[ResultRecord]) -> list[Column[ResultRecord]]:
+    """Bits of the KV cache, where some model's is not the engine's own."""
+    if all(record.kv_cache is None for record in records):
+        return []
+    text = "bits per element of the KV cache, scales included; (keys/values) where they differ"
+    return [Column("KV bits", _cache_bits, MAJOR, right=True, help=text)]
+
+
+def _cache_bits(record: ResultRecord) -> str:
+    k, v = record.kv_bits_k, record.kv_bits_v
+    apart = f" ({k:g}/{v:g})" if k is not None and v is not None and k != v else ""
+    return NOTHING if record.kv_bits is None else f"{record.kv_bits:g}{apart}"
 
 
 def _metric_columns(records: Sequence[ResultRecord], kld: bool) -> list[Column[ResultRecord]]:

@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, WithJsonSchema, field_validator
 from evalq.spec.base import Name, PathText, Spec, resolve_path, shown, usable
 
 _COLOR = re.compile(r"\s*\[([^\[\]]+)\]\s*$")
+_NAMES_CACHE = re.compile(r"\b(kv|cache)", re.IGNORECASE)
 _LABEL_MAX = 500
 _MODEL_DIR_SCHEMA = {
     "anyOf": [
@@ -136,13 +137,16 @@ class ModelSpec(Spec):
     def plain_label(self) -> str:
         """The label without its [colour]; the last part of model_dir when there is none.
 
-        An adapter that the label does not name is put behind it.
+        An adapter and a type of KV cache that the label does not name are put behind it.
         """
         label = self.label if self.label is not None else Path(self.main_dir.rstrip("/")).name
         label = _COLOR.sub("", label).strip() or self.main_dir
-        if self.lora is None or self.lora.plain_name in label:
+        if self.lora is not None and self.lora.plain_name not in label:
+            label = f"{label} + {self.lora.plain_name}"
+        cache = str(self.options.get("kv_cache") or "auto").strip()
+        if cache.lower() == "auto" or _NAMES_CACHE.search(label):
             return label
-        return f"{label} + {self.lora.plain_name}"
+        return f"{label} kv {shown(cache, 40)}"
 
     @property
     def group(self) -> str:

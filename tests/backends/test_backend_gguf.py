@@ -14,6 +14,7 @@ from tiny_gguf import TINY_VOCAB, write_tiny
 from evalq.backends import _llama, _llama_batch, _llama_plan, gguf
 from evalq.engine.backend import LoadedModel, LoadRequest
 from evalq.engine.failures import CATEGORIES
+from evalq.engine.kv_cache import step_bounds
 from evalq.errors import ModelError
 
 GGUF = gguf.GgufBackend()
@@ -235,7 +236,7 @@ def test_pieces_cover_a_window_evenly_and_fit_a_batch():
     for n_positions in range(1, 700, 7):
         for batch_windows, n_batch in ((1, 256), (3, 230), (256, 256)):
             plan = _llama_plan.Plan(1, batch_windows, n_batch, n_batch, 0, n_positions)
-            bounds = gguf._piece_bounds(n_positions, plan)
+            bounds = step_bounds(n_positions, plan.n_batch // plan.batch_windows)
             sizes = np.diff(bounds)
             assert (bounds[0], bounds[-1]) == (0, n_positions)
             assert 1 <= sizes.min() and sizes.max() * batch_windows <= n_batch

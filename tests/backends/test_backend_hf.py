@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,38 @@ def test_last_token_is_never_an_input(tmp_path: Path) -> None:
     assert model.max_positions == 39
     ids = np.random.default_rng(4).integers(0, 199, (1, 40))
     assert score_one(HF, model, ids)["logprob"].shape == (1, 39)
+
+
+@pytest.mark.parametrize("kind", list(ARCHITECTURES))
+@pytest.mark.parametrize(("steps", "first_target"), [(13, 1), (10, 25), (5, 38)])
+def test_steps_through_the_cache_give_the_same_scores(
+    tmp_path: Path, kind: str, steps: int, first_target: int
+) -> None:
+    """Sliding windows of 16 (Gemma 2) end within steps and between them."""
+    folder = make(tmp_path / "m", kind)
+    ids = np.random.default_rng(6).integers(0, 199, (2, 40))
+    model = HF.load(replace(request(folder), step_tokens=steps))
+    scores = score_one(HF, model, ids, first_target)
+    logprob, _ = reference(folder, ids, first_target)
+    np.testing.assert_allclose(scores["logprob"], logprob, atol=2e-5)
+
+
+def test_steps_of_a_head_that_cannot_be_split_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "m", "GraniteConfig")
+    monkeypatch.setattr(hf, "_finish", lambda model, logits: logits * 1.5)
+    model = HF.load(replace(request(folder), step_tokens=7))
+    ids = np.random.default_rng(2).integers(0, 199, (2, 30))
+    for first_target in (1, 5, 29):
+        expected = reference(folder, ids, first_target)[0]
+        np.testing.assert_allclose(score_one(HF, model, ids, first_target)["logprob"], expected, atol=2e-5)
+
+
+def test_steps_feed_no_more_than_they_say(tmp_path: Path) -> None:
+    model = HF.load(replace(request(make(tmp_path / "m", "LlamaConfig")), step_tokens=10))
+    seen: list[int] = []
+    model.handle.body.embed_tokens.register_forward_pre_hook(lambda _, ids: seen.append(ids[0].shape[1]))
+    score_one(HF, model, np.zeros((1, 40), np.int64))
+    assert seen == [9, 10, 10, 10]
 
 
 def test_facts_of_a_loaded_model(tmp_path: Path) -> None:

@@ -9,7 +9,12 @@ TINY_VOCAB = 32
 
 
 def write_tiny(
-    path: Path, split: int = 0, tokenizer: str = "llama", flat_head: bool = False, arch: str = "llama"
+    path: Path,
+    split: int = 0,
+    tokenizer: str = "llama",
+    flat_head: bool = False,
+    arch: str = "llama",
+    heads: int = 2,
 ) -> None:
     """A random two-layer llama of 32 ids, positions for 64 tokens; `split` tensors per file when not 0."""
     rng = np.random.default_rng(7)
@@ -18,9 +23,9 @@ def write_tiny(
     writer.add_embedding_length(64)
     writer.add_block_count(2)
     writer.add_feed_forward_length(96)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_rope_dimension_count(32)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads // 2)
+    writer.add_rope_dimension_count(64 // heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(TINY_VOCAB)
     writer.add_file_type(gguf_files.LlamaFileType.ALL_F32)
