@@ -96,7 +96,7 @@ def cache_of(options: Mapping[str, Any]) -> KvCache | None:
 
 
 def step_tokens(options: Mapping[str, Any]) -> int | None:
-    """Tokens of a window in one pass at most, by checked options; None where the cache is the engine's own."""
+    """Tokens of a window in one pass at most, by checked options; None with the engine's own cache."""
     return None if cache_of(options) is None else STEP_TOKENS
 
 
