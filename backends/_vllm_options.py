@@ -60,7 +60,8 @@ OPTIONS = {
     "cpu_offload_gb": Option((int, float), "GiB of weights per GPU kept in RAM (default 0)"),
     "swap_space": Option((int, float), "GiB of RAM for swapped sequences, older versions only"),
     "enforce_eager": Option(
-        (bool,), "no torch.compile, no CUDA graphs (default true: neither pays for windows)"
+        (bool,),
+        "no torch.compile, no CUDA graphs (default true: neither pays for windows; false where a GPU generates)",
     ),
     "load_format": Option((str,), "auto (default), safetensors, runai_streamer, ..."),
     "seed": Option((int,), "vLLM's (default 0); scoring draws no random numbers"),
@@ -111,38 +112,62 @@ def engine_arguments(
     for name in options:
         if name not in known:
             raise ModelError(f"vLLM {version} has no option {name}", "bad_option", "remove it")
+    if request.only_generates:
+        generating = _generating(request, hardware) | options
+        _check_devices(generating, hardware)
+        return {name: value for name, value in generating.items() if name in known}
     tokens = request.window_tokens
     asked_tokens = options.pop("max_num_batched_tokens", None)
     step_tokens = (asked_tokens or step_tokens_for(hardware, vocab_size)) // request.divide_work
     fitting = max(1, step_tokens // tokens)
     arguments: dict[str, Any] = {
-        "model": str(request.path),
-        "trust_remote_code": request.trust_remote_code,
-        "max_model_len": tokens + 1,
+        **_always(request, hardware.is_cpu),
+        "max_model_len": max(tokens + 1, request.longest_tokens),
         # Twice a step's: the next step is scheduled before the last one's windows are known to be done.
-        "max_num_seqs": 2 * fitting if tokens <= step_tokens else 1,
+        "max_num_seqs": max(2 * fitting if tokens <= step_tokens else 1, request.generate),
         "max_num_batched_tokens": step_tokens if asked_tokens else min(step_tokens, fitting * tokens),
-        # Windows share their beginnings, and cached tokens have no log-probabilities.
-        "enable_prefix_caching": False,
-        # Ids come in, numbers go out.
-        "skip_tokenizer_init": True,
         "enforce_eager": True,
-        "logprobs_mode": "raw_logprobs",
-        "disable_log_stats": True,
-        "seed": 0,
     }
     if not hardware.is_cpu:
         needed = step_bytes(vocab_size, step_tokens) + _vllm_columns.device_bytes(request)
         arguments["gpu_memory_utilization"] = utilization_for(hardware.memory_bytes, needed)
-        if "kv_cache_gib" in request.options:
-            arguments["kv_cache_memory_bytes"] = request.options["kv_cache_gib"] * GIB
-    if request.adapter is not None:
-        arguments |= lora_arguments(request.adapter)
     arguments |= options
     # vLLM refuses a step with fewer tokens than sequences.
     arguments["max_num_batched_tokens"] = max(arguments["max_num_batched_tokens"], arguments["max_num_seqs"])
     _check(arguments, hardware, tokens)
     return {name: value for name, value in arguments.items() if name in known}
+
+
+def _always(request: LoadRequest, is_cpu: bool) -> dict[str, Any]:
+    """Arguments that are the same for scoring and for generating."""
+    arguments: dict[str, Any] = {
+        "model": str(request.path),
+        "trust_remote_code": request.trust_remote_code,
+        # Windows share their beginnings, and cached tokens have no log-probabilities; prompts that are timed
+        # more than once have to be worked out again.
+        "enable_prefix_caching": False,
+        # Ids come in, numbers or ids go out.
+        "skip_tokenizer_init": True,
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if "kv_cache_gib" in request.options and not is_cpu:
+        arguments["kv_cache_memory_bytes"] = request.options["kv_cache_gib"] * GIB
+    if request.adapter is not None:
+        arguments |= lora_arguments(request.adapter)
+    return arguments
+
+
+def _generating(request: LoadRequest, hardware: Hardware) -> dict[str, Any]:
+    """Arguments for a model that only continues prompts: vLLM's own defaults, but for what follows."""
+    return {
+        **_always(request, hardware.is_cpu),
+        "max_model_len": request.longest_tokens,
+        "max_num_seqs": request.generate,
+        # On a GPU as vLLM serves, with CUDA graphs; on a CPU compiling takes longer than it saves.
+        "enforce_eager": hardware.is_cpu,
+    }
 
 
 def step_tokens_for(hardware: Hardware, vocab_size: int) -> int:
@@ -174,6 +199,10 @@ def _check(arguments: dict[str, Any], hardware: Hardware, window_tokens: int) ->
             "window_too_long",
             f"remove max_model_len from the options, or set eval_len to {longest} or less",
         )
+    _check_devices(arguments, hardware)
+
+
+def _check_devices(arguments: dict[str, Any], hardware: Hardware) -> None:
     asked = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
     one_machine = arguments.get("distributed_executor_backend") != "ray"
     if not hardware.is_cpu and one_machine and asked > hardware.count:

@@ -20,7 +20,7 @@ import itertools
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from evalq.backends._vllm_engine import (
     set_environment,
     start,
 )
+from evalq.backends._vllm_generate import Wanted, generate, prompt_of
 from evalq.backends._vllm_lora import check_adapter, lora_request
 from evalq.backends._vllm_memory import peak_bytes, used_memory
 from evalq.backends._vllm_options import OPTIONS, Hardware, cpu_kv_gib, engine_arguments
@@ -47,12 +48,15 @@ from evalq.backends._vllm_scores import Row, from_prompt_logprobs, from_token_id
 from evalq.engine.backend import (
     Backend,
     Batch,
+    Generated,
+    Ids,
     LoadedModel,
     LoadRequest,
     Machine,
     Prediction,
     Scores,
     Tokenizer,
+    check_generation,
 )
 from evalq.engine.columns import LOGPROB, TOP1, TOP1_BOUND
 from evalq.errors import ModelError
@@ -97,6 +101,8 @@ class VllmBackend(Backend):
     columns = (LOGPROB, TOP1, TOP1_BOUND, *_vllm_columns.MORE)
     # Older versions lack the last two: check_adapter() finds out.
     lora_features = frozenset({"rslora", "rank_pattern", "alpha_pattern"})
+    generates = True
+    generates_apart = True
 
     def load(self, request: LoadRequest) -> LoadedModel:
         """Start an engine on a checkpoint directory. Raises ModelError."""
@@ -110,6 +116,25 @@ class VllmBackend(Backend):
                 out a column.
         """
         return _scored(model, batches)
+
+    def generate(
+        self,
+        model: LoadedModel,
+        prompts: Sequence[Ids],
+        new_tokens: int,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Generated:
+        """All prompts at once, as many side by side as the engine has room for. Raises ModelError."""
+        handle: _Handle = model.handle
+        check_generation(prompts, new_tokens, None, model.vocab_size)
+        room = int(handle.llm.llm_engine.vllm_config.model_config.max_model_len)
+        needed = max(map(len, prompts), default=0) + new_tokens
+        if needed > room:
+            message = f"a prompt and its new tokens are {needed} tokens, vLLM was started for {room}"
+            raise ModelError(message, "window_too_long", "raise max_model_len in the options")
+        return generate(
+            handle.llm.llm_engine, prompts, Wanted(new_tokens, stop_ids, handle.numbers, handle.lora)
+        )
 
     def close(self, model: LoadedModel) -> None:
         """Shut the engine down and, with it, the processes it started."""
@@ -130,7 +155,7 @@ class VllmBackend(Backend):
 def _load(request: LoadRequest) -> LoadedModel:
     request.require_directory()
     config = _config(request)
-    _check_positions(config, request.window_tokens)
+    _check_positions(config, request)
     set_environment(request.options.get("threads", _default_threads()))
     from vllm.engine.arg_utils import EngineArgs
 
@@ -171,7 +196,7 @@ def _described(
         more = WorkerColumns.begin(llm, request, hardware.is_cpu, notes)
     can = "prompt_logprob_token_ids" in known and bool(getattr(config, "use_v2_model_runner", False))
     # Only where it saves a good part of the head's work: that way has no ranks.
-    scored = request.n_targets / (request.n_windows * max(1, request.window_tokens - 1))
+    scored = request.n_targets / max(1, request.n_windows * (request.window_tokens - 1))
     by_id = can and more is None and scored < SCORED_SHARE_MAX
     own = (LOGPROB.name, TOP1_BOUND.name if by_id else TOP1.name)
     parallel = config.parallel_config
@@ -263,14 +288,7 @@ def _add(
         asked |= {"prompt_logprobs": 0} | ({"flat_logprobs": True} if handle.flat else {})
         readers[name] = lambda output: from_prompt_logprobs(output.prompt_logprobs, ids_T, start)
     engine = handle.llm.llm_engine
-    engine.add_request(name, _prompt(engine, ids_T), SamplingParams(**asked), lora_request=handle.lora)
-
-
-def _prompt(engine: Any, ids_T: NDArray[np.int64]) -> Any:
-    """Ids in the form this version wants them: newer ones deprecate plain prompts."""
-    prompt = {"prompt_token_ids": ids_T.tolist()}
-    render = getattr(getattr(engine, "renderer", None), "render_cmpl", None)
-    return prompt if render is None else render([prompt])[0]
+    engine.add_request(name, prompt_of(engine, ids_T), SamplingParams(**asked), lora_request=handle.lora)
 
 
 def _config(request: LoadRequest) -> dict[str, Any]:
@@ -282,15 +300,17 @@ def _config(request: LoadRequest) -> dict[str, Any]:
         raise ModelError(f"{file}: not valid JSON: {error}", "model_corrupt") from None
 
 
-def _check_positions(config: dict[str, Any], window_tokens: int) -> None:
+def _check_positions(config: dict[str, Any], request: LoadRequest) -> None:
     """Raise ModelError: a window's last token is fed too, so it may not be longer than the positions."""
     positions = config.get("text_config", config).get("max_position_embeddings")
-    if positions and window_tokens > positions:
+    if positions and not request.only_generates and request.window_tokens > positions:
         raise ModelError(
-            f"a window has {window_tokens} tokens, the model has {positions} positions",
+            f"a window has {request.window_tokens} tokens, the model has {positions} positions",
             "window_too_long",
             f"set eval_len to {positions} or less in the data spec",
         )
+    if request.generate:
+        check_generation([np.zeros(request.prompt_tokens, np.int64)], request.new_tokens, positions)
 
 
 def _default_threads() -> int | None:

@@ -82,7 +82,7 @@ class LoadRequest:
         trust_remote_code: whether the spec allows code from the checkpoint to run.
         overlay: a second path whose tensors replace those of the first (EXL3 only), or None.
         load_fn: the name the spec used, for backends with several.
-        n_windows: how many windows will be scored in all.
+        n_windows: how many windows will be scored in all; 0 for a model that only generates.
         n_targets: how many targets they have in all.
         token_ids_max: the largest token id that will be sent.
         adapter: to apply on top; its features are among the backend's lora_features.
@@ -114,6 +114,16 @@ class LoadRequest:
     prompt_tokens: int = 0
     new_tokens: int = 0
     step_tokens: int | None = None
+
+    @property
+    def only_generates(self) -> bool:
+        """Whether it will only continue prompts: an engine may then be set up as it is where it serves."""
+        return self.generate > 0 and self.n_windows == 0
+
+    @property
+    def longest_tokens(self) -> int:
+        """The most tokens that one sequence will have: a window, or a prompt with what is generated."""
+        return max(0 if self.only_generates else self.window_tokens, self.prompt_tokens + self.new_tokens)
 
     def require_directory(self, takes_overlay: bool = False) -> None:
         """Raise ModelError (bad_option) for a file, or for an overlay where none is taken."""
@@ -335,6 +345,8 @@ class Backend(ABC):
     has_tokenizer: ClassVar[bool] = False
     # Whether generate() can do more than refuse.
     generates: ClassVar[bool] = False
+    # Whether it is set up in another way for generating than for scoring: one load does not show both speeds.
+    generates_apart: ClassVar[bool] = False
 
     @abstractmethod
     def load(self, request: LoadRequest) -> LoadedModel:
