@@ -61,7 +61,7 @@ OPTIONS = {
     "swap_space": Option((int, float), "GiB of RAM for swapped sequences, older versions only"),
     "enforce_eager": Option(
         (bool,),
-        "no torch.compile, no CUDA graphs (default true: neither pays for windows; false where a GPU generates)",
+        "no torch.compile, no CUDA graphs (default true: neither pays for windows; to generate, false)",
     ),
     "load_format": Option((str,), "auto (default), safetensors, runai_streamer, ..."),
     "seed": Option((int,), "vLLM's (default 0); scoring draws no random numbers"),

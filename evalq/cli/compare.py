@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from evalq.results.record import ResultRecord
+    from evalq.results.speed import SpeedSettings
     from evalq.results.store import Store
     from evalq.results.tokens import TokenColumns
     from evalq.spec import DataSpec, ModelSpec
@@ -37,6 +38,7 @@ examples:
   %(prog)s -d wiki2.json -m my/*.json --markdown           your own models, as a table for a README
   %(prog)s -d wiki2.json -m gguf.json --protocol llama.cpp the windows of llama-perplexity
   %(prog)s -d wiki2.json -m exl3.json -p -v -dark          GiB instead of bits per weight, dark
+  %(prog)s -d wiki2.json -m bf16/ Q4_K_M.gguf --speed      tokens per second beside quality
   %(prog)s -d wiki2.json -m bf16/ Q4_K_M.gguf -kld         KL divergence from bf16/ instead of perplexity
 
 a data spec:   {"dataset": "text", "path": "my.txt", "protocol": "exllamav3", "eval_len": 2048}
@@ -161,12 +163,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="with --kld: the most that the store keeps of the reference (default 50)",
     )
+    _add_speed(parser.add_argument_group("speed"))
     how.add_argument("--timeout", type=seconds, metavar="S", help="give a model up after S seconds")
     how.add_argument(
         "--try-anyway", action="store_true", help="start engines that are predicted to run out of memory too"
     )
     add_config(how)
     how.add_argument("--offline", action="store_true", help="never use the network")
+
+
+def _add_speed(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--speed",
+        action="store_true",
+        help="time each model too: generating one prompt and a batch, first token, scoring (docs/speed.md)",
+    )
+    group.add_argument(
+        "--speed-batch", type=count, metavar="N", help="prompts of the batch (default: 32 with a GPU, else 4)"
+    )
+    group.add_argument(
+        "--speed-prompt", type=count, default=512, metavar="N", help="tokens of a prompt (default 512)"
+    )
+    group.add_argument(
+        "--speed-new", type=count, default=128, metavar="N", help="tokens generated after it (default 128)"
+    )
+    group.add_argument(
+        "--speed-repeats", type=count, default=3, metavar="N", help="times that each is measured (default 3)"
+    )
 
 
 def add_store(parser: argparse._ActionsContainer) -> None:
@@ -189,6 +212,7 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.kld = arguments.kld or arguments.noise_floor or arguments.chart_kld
     data = [_data_spec(name, arguments) for name in arguments.dataspec]
     specs = _model_specs(arguments)
+    speed = _speed_settings(arguments)
     draw = _drawing(arguments)
     _check_outputs(arguments)
     if arguments.offline:
@@ -204,6 +228,7 @@ def run(arguments: argparse.Namespace) -> int:
         kld=arguments.kld,
         noise_floor=arguments.noise_floor,
         reference_most_bytes=int(arguments.reference_max_gb * 10**9),
+        speed=speed,
     )
     n_models = len(specs) + arguments.noise_floor
     with ConsoleReporter(errors, n_models, arguments.quiet) as reporter:
@@ -214,6 +239,20 @@ def run(arguments: argparse.Namespace) -> int:
     if draw is not None:
         draw(records, errors)
     return 0 if all(record.status == "ok" for record in records) else 1
+
+
+def _speed_settings(arguments: argparse.Namespace) -> "SpeedSettings | None":
+    """What to time, None where nobody asks for it. Raises SpecError for sizes that cannot be."""
+    if not arguments.speed:
+        return None
+    from evalq.run.speed import speed_settings
+
+    return speed_settings(
+        batch=arguments.speed_batch,
+        new_tokens=arguments.speed_new,
+        prompt_tokens=arguments.speed_prompt,
+        repeats=arguments.speed_repeats,
+    )
 
 
 def _data_spec(name: str, arguments: argparse.Namespace) -> "DataSpec":

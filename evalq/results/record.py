@@ -23,6 +23,7 @@ from pydantic import (
 from evalq.errors import NotComparable
 from evalq.files import read_json
 from evalq.results.estimate import Estimate
+from evalq.results.speed import Speed
 from evalq.results.statistics import exp
 
 RECORD_VERSION = 2
@@ -219,6 +220,7 @@ class ResultRecord(_Measured):
     tokens_per_second: float | None = Field(
         default=None, description="scored tokens per second in the engine, warm-up left out"
     )
+    speed: Speed | None = Field(default=None, description="of --speed: measured on its own, repeatedly")
     load_seconds: float | None = None
     peak_memory_gib: float | None = Field(
         default=None, description="largest resident (CPU) or allocated (GPU)"

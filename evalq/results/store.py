@@ -6,6 +6,7 @@
     STORE/models/KEY.json           what was found out about a model spec's files, for when they are gone
     STORE/families/FAMILY/KEY       results that differ in their windows only
     STORE/references/FAMILY/        what KL divergence against a reference needs of it (`evalq.results.kept`)
+    STORE/speed/KEY.json            how fast a model is on a machine (`evalq.results.speed`)
     STORE/locks/KEY.lock            one writer at a time for each result
     STORE/results/KEY/              one (data, model) pair; KEY is the SHA-256 of its identity
         identity.json               what was scored, with what
@@ -41,6 +42,7 @@ from evalq.data.windows import WindowPlan
 from evalq.errors import StoreError
 from evalq.files import read_json, write_atomic, write_json, write_remedy
 from evalq.results.kept import KeptReference
+from evalq.results.speed import KeptSpeed
 from evalq.results.tokens import (
     Array,
     Part,
@@ -314,6 +316,10 @@ class Store:
     def reference(self, family: str) -> KeptReference:
         """The rows of a reference, there or not."""
         return KeptReference(self.root / "references" / family)
+
+    def speed(self, key: str, belongs_to: Mapping[str, Any]) -> KeptSpeed:
+        """The figures of a model on a machine, there or not; `belongs_to` is what the key was made of."""
+        return KeptSpeed(self.root / "speed" / f"{key}.json", belongs_to)
 
     def join_family(self, family: str, key: str) -> None:
         """Note that a result belongs to a family. Raises StoreError."""

@@ -21,6 +21,7 @@ from evalq.run.beside import Asked, asked_of_others, asked_of_reference, kept_re
 from evalq.run.prepare_data import PreparedData, choose_tokenizer, tokenized
 from evalq.run.prepare_model import PreparedModel, Unprepared, prepare
 from evalq.run.process import Event, RunSettings
+from evalq.run.speed import with_speed
 from evalq.run.turn import TextAsked, take_turn
 from evalq.spec import DataSpec, ModelSpec, require_unique_labels
 
@@ -130,6 +131,11 @@ def _score_all(
         for name, outcome in zip(data, outcomes, strict=True):
             reporter.record(outcome.record, outcome.cached, name)
         records[label] = [outcome.record for outcome in outcomes]
+        if settings.speed is not None and isinstance(model, PreparedModel):
+            of_first_text = next(iter(data.values()))
+            records[label] = with_speed(
+                records[label], model, of_first_text, store, settings, reporter.status
+            )
         if label == first and settings.kld:
             for (name, one), record in zip(data.items(), records[label], strict=True):
                 asked[name] = asked_of_others(settings, kept_reference(record, one, store, say[name]))

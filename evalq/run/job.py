@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from evalq.data.windows import ProtocolSettings
 from evalq.errors import ModelError
+from evalq.results.speed import Part, SpeedSettings
 from evalq.version import JOB_VERSION, __version__
 
 
@@ -146,7 +147,37 @@ class ScoreJob(_Job):
     keep_most_bytes: int | None = None
 
 
-Job = TokenizeJob | ScoreJob | DecodeJob
+class SpeedJob(_Job):
+    """Time a model: load it once, repeat each part of what is asked.
+
+    Args:
+        load, forward: canonical names of the backends that load, and that generate and score.
+        load_fn: the name the spec used.
+        path: of the model.
+        overlay: of the tensors put over it, or None.
+        options: for the engine, checked.
+        trust_remote_code: whether the checkpoint's own code may run.
+        lora: adapter, or None.
+        tokens_file: the stream that prompts are cut from.
+        parts: what to measure.
+        settings: lengths, batch and repetitions.
+    """
+
+    kind: Literal["speed"] = "speed"
+    load: str
+    forward: str
+    load_fn: str
+    path: str
+    overlay: str | None = None
+    options: dict[str, Any]
+    trust_remote_code: bool
+    lora: LoraJob | None = None
+    tokens_file: str
+    parts: tuple[Part, ...]
+    settings: SpeedSettings
+
+
+Job = TokenizeJob | ScoreJob | DecodeJob | SpeedJob
 _JOBS: TypeAdapter[Job] = TypeAdapter(Job)
 
 

@@ -20,6 +20,7 @@ from evalq.engine.columns import DEFAULT_COLUMNS
 from evalq.engine.failures import from_exit
 from evalq.engine.interpreters import ask
 from evalq.errors import DataError, ModelError, StoreError
+from evalq.results.speed import SpeedSettings
 from evalq.run.job import Job, other_evalq, to_line
 from evalq.version import JOB_VERSION
 
@@ -42,6 +43,7 @@ class RunSettings:
         kld: compare whole distributions with the reference's.
         noise_floor: score the reference once more with noise in its layers.
         reference_most_bytes: the most that the reference's rows may take in the store.
+        speed: how to time each model; None leaves that out.
     """
 
     offline: bool = False
@@ -53,6 +55,7 @@ class RunSettings:
     kld: bool = False
     noise_floor: bool = False
     reference_most_bytes: int = 50 * 10**9
+    speed: SpeedSettings | None = None
 
 
 @dataclass(frozen=True)

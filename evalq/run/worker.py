@@ -22,8 +22,9 @@ from typing import Any, TextIO
 
 from evalq.engine.failures import from_exception, remedy_of
 from evalq.errors import EvalqError, ModelError, StoreError
-from evalq.run.job import DecodeJob, ScoreJob, TokenizeJob, from_line
+from evalq.run.job import DecodeJob, ScoreJob, SpeedJob, TokenizeJob, from_line
 from evalq.run.scoring import score
+from evalq.run.timing import time_model
 from evalq.run.tokenizing import decode, tokenize
 
 Emit = Callable[..., None]
@@ -45,6 +46,8 @@ def main() -> int:
             tokenize(job, told)
         elif isinstance(job, DecodeJob):
             decode(job, told)
+        elif isinstance(job, SpeedJob):
+            time_model(job, told)
         else:
             assert isinstance(job, ScoreJob)
             score(job, told)

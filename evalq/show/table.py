@@ -22,6 +22,7 @@ from evalq.show.floors import floor_lines, mark
 from evalq.show.numbers import NOTHING, change_percent, digits_for, estimate, number
 from evalq.show.plain import csv_cell, json_text, markdown_cell
 from evalq.show.significance import rules, verdict_lines
+from evalq.show.speed import csv_speed, csv_speed_names, speed_columns
 
 # compare_q's own keys first, so that its readers find them where they were.
 _CSV_FIELDS = (
@@ -127,6 +128,7 @@ def columns(table: Shown, kld: bool = False) -> list[Column[ResultRecord]]:
             meaning += "; the reference is itself quantized"
         found.append(Column(name, change_cell, MAJOR, right=True, help=meaning))
     found += _metric_columns(table.records, kld)
+    found += speed_columns(table.records, lambda r: r.speed)
     return [*found, Column("status", lambda r: _status(table, r), MAJOR, style=_status_style)]
 
 
@@ -269,7 +271,7 @@ def csv_lines(rows: Sequence[Mapping[str, Any]], first: Sequence[str] = (), last
     out = io.StringIO()
     metrics = [*(row.name for row in METRICS), *(row.name for row in PAIR_METRICS)]
     estimates = [field for name in metrics for field in csv_names(name)]
-    fields = list(dict.fromkeys([*first, *_CSV_FIELDS, *estimates, *last]))
+    fields = list(dict.fromkeys([*first, *_CSV_FIELDS, *estimates, *csv_speed_names(), *last]))
     writer = csv.DictWriter(out, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
@@ -301,6 +303,7 @@ def flat(record: ResultRecord) -> dict[str, Any]:
     if record.error is not None:
         error = record.error
         row |= {"error": error.message, "error_category": error.category, "remedy": error.remedy}
+    row |= csv_speed(record.speed)
     against = record.against_reference
     if against is not None:
         row |= plain_metrics(against.metrics) | {"reference": against.label}

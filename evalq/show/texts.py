@@ -25,6 +25,7 @@ from evalq.show.floors import MARK
 from evalq.show.numbers import NOTHING, digits_for, estimate, number
 from evalq.show.plain import json_text, markdown_cell
 from evalq.show.significance import STYLES, rules
+from evalq.show.speed import speed_columns
 
 MEAN = "mean ratio"
 _KLD_DIGITS = 5
@@ -46,8 +47,8 @@ class _Row:
     def label(self) -> str:
         return self.records[0].label
 
-    def known(self, name: str) -> float | None:
-        """A number that is the same on every text, from the first record that has it."""
+    def known(self, name: str) -> Any:
+        """What is the same on every text, from the first record that has it; None where none has."""
         return next((v for v in (getattr(r, name) for r in self.records) if v is not None), None)
 
 
@@ -133,6 +134,7 @@ def columns(shown: TextsTable) -> list[Column[_Row]]:
     found += _mean_column(shown)
     if shown.kld:
         found += _kld_columns(shown)
+    found += speed_columns(shown.rows, lambda row: row.known("speed"))
     return [*found, Column("status", partial(_status, shown), MAJOR, style=_status_style)]
 
 
