@@ -20,7 +20,7 @@ def predict(request: LoadRequest, machine: Machine) -> Prediction | None:
     planned = plan_transformers(
         read_shape(str(request.path)),
         machine.ram_gib if on_cpu else gpu_gib,
-        batch * inputs,
+        batch * min(inputs, request.step_tokens or inputs),
         options.get("dtype", "auto"),
         options.get("head_chunk_mib", HEAD_CHUNK_MIB),
     )

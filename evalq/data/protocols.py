@@ -152,6 +152,7 @@ class Protocol:
         scores_all: every token of the text is scored once, so totals per byte and word are exact.
         least_clusters: windows are cut into equal stretches until there are so many for the errors; 1 leaves
             them whole.
+        in_steps: windows are so long that an engine may take them in steps, see `evalq.run.steps`.
     """
 
     build: Builder
@@ -172,6 +173,7 @@ class Protocol:
     exact_rows: bool = False
     scores_all: bool = False
     least_clusters: int = 1
+    in_steps: bool = False
 
 
 def _sliding(settings: ProtocolSettings, facts: StreamFacts) -> Iterator[Window]:
@@ -337,5 +339,6 @@ PROTOCOLS: dict[str, Protocol] = {
         fixed_stride=True,
         bos_first=True,
         least_clusters=LEAST_CLUSTERS,
+        in_steps=True,
     ),
 }

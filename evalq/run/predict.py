@@ -6,10 +6,10 @@ predicted figures. Where the estimates leave it open, the engine is started.
 
 from evalq.data.windows import WindowPlan
 from evalq.engine.backend import LoadRequest, Machine, Prediction
-from evalq.engine.kv_cache import step_tokens
 from evalq.errors import ModelError, SpecError
 from evalq.machine import environment
 from evalq.run.prepare_model import PreparedModel
+from evalq.run.steps import step_tokens
 
 
 def predict(model: PreparedModel, plan: WindowPlan) -> Prediction | None:
@@ -23,7 +23,7 @@ def predict(model: PreparedModel, plan: WindowPlan) -> Prediction | None:
         options=model.engine.options,
         load_fn=model.spec.load_fn,
         adapter=model.adapter,
-        step_tokens=step_tokens(model.engine.options),
+        step_tokens=step_tokens(model.engine.options, [plan]),
     )
     try:
         return model.engine.loader.predict(request, _machine(model))

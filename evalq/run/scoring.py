@@ -19,7 +19,6 @@ from evalq.data.tokens import TokenStream, cut, read_stream
 from evalq.data.windows import Window, WindowPlan, plan_windows
 from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Scores
 from evalq.engine.columns import LOGPROB, REFERENCE_ROWS
-from evalq.engine.kv_cache import step_tokens
 from evalq.engine.registry import backend
 from evalq.errors import ModelError, StoreError
 from evalq.files import write_json
@@ -31,6 +30,7 @@ from evalq.run.cache_check import check_cache
 from evalq.run.checks import check_model, check_reference, check_scores, given_columns
 from evalq.run.job import ScoreJob, TextJob, other_evalq
 from evalq.run.peak import peak_bytes, reset_peak, resident_bytes
+from evalq.run.steps import step_tokens
 
 GIB = 2**30
 # Rounds of scoring what cannot be read back; a disk that loses more than that is broken.
@@ -162,7 +162,7 @@ def _load(job: ScoreJob, texts: Sequence[_Text]) -> _Loaded:
         adapter=read_adapter(Path(job.lora.path), job.lora.name) if job.lora else None,
         divide_work=job.divide_work,
         columns=columns,
-        step_tokens=step_tokens(job.options),
+        step_tokens=step_tokens(job.options, plans, job.divide_work),
         reference=next((text.beside.kept.head() for text in texts if text.beside.kept is not None), None),
     )
     started = time.perf_counter()
