@@ -51,7 +51,14 @@ exit code: 0 all scored, 1 some model failed, 2 bad usage or spec, 130 interrupt
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line: what to score, the chart, the output, how to run."""
-    what = parser.add_argument_group("what to score")
+    _add_what(parser.add_argument_group("what to score"))
+    _add_chart(parser.add_argument_group("chart"))
+    _add_output(parser.add_argument_group("output"))
+    _add_how(parser.add_argument_group("how to run"))
+    _add_speed(parser.add_argument_group("speed"))
+
+
+def _add_what(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "-d",
         "--dataspec",
@@ -89,7 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare the others with it (default: the unquantized model)",
     )
     what.add_argument("--max-rows", type=count, metavar="N", help="at most N windows, for a quick look")
-    plot = parser.add_argument_group("chart")
+
+
+def _add_chart(plot: argparse._ArgumentGroup) -> None:
     plot.add_argument("-p", "--plot", action="store_true", help="draw bits per weight against perplexity")
     plot.add_argument(
         "-o", "--plot-file", type=Path, metavar="FILE", help="png, svg or pdf (default: in plots/out/)"
@@ -113,7 +122,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plot.add_argument("-my", "--max_y", type=float, metavar="Y", help="leave out points above Y")
     plot.add_argument("-dark", "--dark", action="store_true", help="chart with a dark background")
     plot.add_argument("--show", action="store_true", help="open a window as well, where there is a display")
-    out = parser.add_argument_group("output")
+
+
+def _add_output(out: argparse._ArgumentGroup) -> None:
     out.add_argument("--json", metavar="FILE", help="all that is known of each model; - for standard output")
     out.add_argument("--csv", metavar="FILE", help="one line per model; - for standard output")
     out.add_argument(
@@ -137,7 +148,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "-q", "--quiet", action="store_true", help="no progress, no table; failures on standard error"
     )
-    how = parser.add_argument_group("how to run")
+
+
+def _add_how(how: argparse._ArgumentGroup) -> None:
     add_store(how)
     how.add_argument(
         "-cc",
@@ -163,7 +176,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="with --kld: the most that the store keeps of the reference (default 50)",
     )
-    _add_speed(parser.add_argument_group("speed"))
     how.add_argument("--timeout", type=seconds, metavar="S", help="give a model up after S seconds")
     how.add_argument(
         "--try-anyway", action="store_true", help="start engines that are predicted to run out of memory too"
