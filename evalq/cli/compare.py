@@ -131,7 +131,9 @@ def _add_output(out: argparse._ArgumentGroup) -> None:
         "--markdown", nargs="?", const="-", metavar="FILE", help="a table for a README (default: -)"
     )
     out.add_argument(
-        "--significance", action="store_true", help="matrices of all pairs: which of the models differ"
+        "--significance",
+        action="store_true",
+        help="matrices of all pairs: which of the models differ; in --json and --csv too",
     )
     out.add_argument(
         "--resolve",
@@ -246,8 +248,7 @@ def run(arguments: argparse.Namespace) -> int:
     with ConsoleReporter(errors, n_models, arguments.quiet) as reporter:
         records = compare(data, specs, store, settings, reporter)
     _print(arguments, records, errors)
-    _print_statistics(arguments, records, store, errors)
-    _write(arguments, records)
+    _write(arguments, _with_statistics(arguments, records, store, errors))
     if draw is not None:
         draw(records, errors)
     return 0 if all(record.status == "ok" for record in records) else 1
@@ -365,20 +366,25 @@ def _print(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", err
         print_runs(runs_from_records(records), errors)
 
 
-def _print_statistics(
+def _with_statistics(
     arguments: argparse.Namespace, records: "Sequence[ResultRecord]", store: "Store", errors: "Console"
-) -> None:
-    """What --significance and --resolve ask for, text by text, where the table goes or would go."""
+) -> "Sequence[ResultRecord]":
+    """What --significance and --resolve ask for, text by text: printed where the table goes or would go.
+
+    Returns:
+        The records, with --significance each with its row of every matrix.
+    """
     if not arguments.significance and arguments.resolve is None:
-        return
+        return records
     from evalq.results.resolution import resolutions_of
-    from evalq.results.significance import matrices_of
+    from evalq.results.significance import matrices_of, with_pairs
     from evalq.results.texts import by_text
     from evalq.show.console import output, say
     from evalq.show.significance import print_matrices, resolution_lines
 
     taken = any(name == "-" for _, name in _files(arguments))
     console, several = errors if taken else output(), by_text(records)
+    found: dict[int, ResultRecord] = {}
 
     def scores_of(record: "ResultRecord") -> "TokenColumns | None":
         return store.result(str(record.key)).scores()
@@ -388,14 +394,17 @@ def _print_statistics(
             console.print()
             if name:
                 say(console, (f"{name}:", "bold"))
-            print_matrices(matrices_of(of_text, scores_of), console)
+            matrices = matrices_of(of_text, scores_of)
+            print_matrices(matrices, console)
+            found |= zip(map(id, of_text), with_pairs(of_text, matrices), strict=True)
         if arguments.resolve is not None:
-            found = resolutions_of(of_text, scores_of, arguments.resolve)
+            resolutions = resolutions_of(of_text, scores_of, arguments.resolve)
             where = f"{name}: " if name else ""
-            for line in resolution_lines(found):
+            for line in resolution_lines(resolutions):
                 say(console, where + line)
-            if not found:
+            if not resolutions:
                 say(console, f"{where}--resolve: no model was compared with a reference")
+    return [found.get(id(record), record) for record in records]
 
 
 def _by_text(records: "Sequence[ResultRecord]") -> "dict[str, list[ResultRecord]]":

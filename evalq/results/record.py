@@ -159,6 +159,21 @@ class AgainstReference(_Measured):
         return found
 
 
+class BesideOther(_Frozen):
+    """A model beside another one of its run on the same tokens: a cell of a matrix of all pairs."""
+
+    quantity: Literal["ppl", "kld", "same_top"]
+    other: str = Field(description="label of the other model")
+    difference: Estimate = Field(
+        description="this model minus the other: of ln PPL, of the mean KLD (nats), of the share of same-top"
+    )
+    p: float | None = Field(description="two-sided p-value of this pair alone; null without an error")
+    p_holm: float | None = Field(description="corrected for the number of pairs of this quantity")
+    differs: bool = Field(description="p_holm is below 0.05")
+    only_this: int | None = Field(default=None, description="same_top: tokens that this model alone gets")
+    only_other: int | None = Field(default=None, description="same_top: tokens that the other alone gets")
+
+
 class ModelFacts(_Frozen):
     """What was scored, as a paper names it."""
 
@@ -210,6 +225,9 @@ class ResultRecord(_Measured):
 
     is_reference: bool = Field(default=False, description="the others of its run were compared with it")
     against_reference: AgainstReference | None = None
+    beside_others: tuple[BesideOther, ...] = Field(
+        default=(), description="every other model of the run, in the output of --significance"
+    )
     tokens_scored: int | None = None
     tokens_nonfinite: int | None = None
     by_position: tuple[AtPosition, ...] = Field(

@@ -14,20 +14,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evalq.engine.columns import ARGMAX, KLD, LOGPROB
 from evalq.results.estimate import Estimate, Sample
-from evalq.results.record import ResultRecord
+from evalq.results.record import BesideOther, ResultRecord
 from evalq.results.reference import clusters_of
 from evalq.results.statistics import Clusters, Float64s, t_two_sided, too_many_nonfinite
 from evalq.results.store import family_of
 from evalq.results.tokens import TokenColumns
 
 ALPHA = 0.05
+Quantity = Literal["ppl", "kld", "same_top"]
 ScoresOf = Callable[[ResultRecord], TokenColumns | None]
 
 
@@ -96,7 +97,7 @@ class Matrix:
         differences: of labels[i] and labels[j] for i < j.
     """
 
-    quantity: str
+    quantity: Quantity
     labels: tuple[str, ...]
     differences: tuple[Difference, ...]
 
@@ -148,6 +149,30 @@ def matrices_of(records: Sequence[ResultRecord], scores_of: ScoresOf) -> list[Ma
     return matrices(models, cluster_of, reference)
 
 
+def with_pairs(records: Sequence[ResultRecord], matrices: Sequence[Matrix]) -> list[ResultRecord]:
+    """Records that hold their rows of the matrices, in the order of the matrices."""
+    return [record.model_copy(update={"beside_others": _rows(record.label, matrices)}) for record in records]
+
+
+def _rows(label: str, matrices: Sequence[Matrix]) -> tuple[BesideOther, ...]:
+    pairs = ((matrix, other) for matrix in matrices for other in matrix.labels)
+    cells = ((matrix.quantity, matrix.between(label, other)) for matrix, other in pairs)
+    return tuple(
+        BesideOther(
+            quantity=quantity,
+            other=cell.second,
+            difference=cell.estimate,
+            p=cell.p,
+            p_holm=cell.p_holm,
+            differs=cell.shown,
+            only_this=None if cell.discordant is None else cell.discordant.first,
+            only_other=None if cell.discordant is None else cell.discordant.second,
+        )
+        for quantity, cell in cells
+        if cell is not None
+    )
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values corrected for their number m: the k-th smallest times m - k + 1, in the order they had."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
@@ -176,7 +201,7 @@ def mcnemar_exact(first: int, second: int) -> float:
 Compare = Callable[[Scored, Scored], Difference | None]
 
 
-def _matrix(quantity: str, models: Sequence[Scored], column: str, compare: Compare) -> Matrix:
+def _matrix(quantity: Quantity, models: Sequence[Scored], column: str, compare: Compare) -> Matrix:
     able = [model for model in models if column in model.columns]
     found = [compare(first, second) for first, second in combinations(able, 2)]
     kept = [difference for difference in found if difference is not None]

@@ -34,6 +34,8 @@ _CSV_FIELDS = (
 # Rows of metrics that have a column of their own as the perplexity of the protocol.
 _HEADLINES = ("ppl", "word_ppl")
 KLD_HEADER = next(row.header for row in PAIR_METRICS if row.name == KLD.name)
+# What a pair's columns in CSV are called: what is subtracted.
+_PAIR_FIELDS = {"ppl": "ln_ratio", "kld": "kld_difference", "same_top": "same_top_difference"}
 _BY_DECADES = (KLD.name, KLD_BOUND.name)
 ENOUGH_WINDOWS = 8
 _LONGEST_NAME_IN_HEADER = 16
@@ -263,7 +265,7 @@ def markdown(records: Sequence[ResultRecord], kld: bool = False) -> str:
 
 def as_csv(records: Sequence[ResultRecord]) -> str:
     """One line per record, raw numbers; notes joined by "; "."""
-    return csv_lines([flat(record) for record in records], last=positions_fields(records))
+    return csv_lines([flat(record) for record in records], last=more_fields(records))
 
 
 def csv_lines(rows: Sequence[Mapping[str, Any]], first: Sequence[str] = (), last: Sequence[str] = ()) -> str:
@@ -298,8 +300,11 @@ def _verdict(record: ResultRecord) -> str | None:
 def flat(record: ResultRecord) -> dict[str, Any]:
     """A record as a row of CSV."""
     row = (
-        record.model_dump() | {"notes": "; ".join(record.notes), "error": ""} | plain_metrics(record.metrics)
-    ) | positions_csv(record)
+        record.model_dump()
+        | {"notes": "; ".join(record.notes), "error": ""}
+        | plain_metrics(record.metrics)
+        | _more(record)
+    )
     if record.error is not None:
         error = record.error
         row |= {"error": error.message, "error_category": error.category, "remedy": error.remedy}
@@ -312,6 +317,16 @@ def flat(record: ResultRecord) -> dict[str, Any]:
         if against.floor is not None:
             row |= {"kld_floor": against.floor.kld.value, "kld_floor_label": against.floor.label}
     return row
+
+
+def _plain_pairs(record: ResultRecord) -> dict[str, float | None]:
+    """Every other model's two columns of each quantity: the difference to it, and its corrected p-value."""
+    found: dict[str, float | None] = {}
+    for pair in record.beside_others:
+        name = _PAIR_FIELDS[pair.quantity]
+        values = {f"{name}[{pair.other}]": pair.difference.value, f"{name}_p[{pair.other}]": pair.p_holm}
+        found |= {str(csv_cell(column)): value for column, value in values.items()}
+    return found
 
 
 def plain_metrics(metrics: Mapping[str, Estimate]) -> dict[str, float | None]:
@@ -327,9 +342,13 @@ def csv_names(metric: str) -> tuple[str, str, str, str]:
     return metric, f"{metric}_stderr", f"{metric}_low", f"{metric}_high"
 
 
-def positions_fields(records: Sequence[ResultRecord]) -> list[str]:
-    """The columns of CSV for what was measured by position in the window."""
-    return list(dict.fromkeys(field for record in records for field in positions_csv(record)))
+def more_fields(records: Sequence[ResultRecord]) -> list[str]:
+    """The columns of CSV that only some runs have: by position in the window, and of every pair."""
+    return list(dict.fromkeys(field for record in records for field in _more(record)))
+
+
+def _more(record: ResultRecord) -> dict[str, float | None]:
+    return positions_csv(record) | _plain_pairs(record)
 
 
 def positions_csv(record: ResultRecord) -> dict[str, float | None]:

@@ -311,7 +311,7 @@ def as_csv(shown: TextsTable) -> str:
     """A line per model and text: the columns of one text, its name, and the model's means on each line."""
     names = ("mean_ratio", "mean_ln_ratio", "mean_kld")
     last = ["texts", *(field for name in names for field in table.csv_names(name)), "no_mean"]
-    last += table.positions_fields([record for row in shown.rows for record in row.records])
+    last += table.more_fields([record for row in shown.rows for record in row.records])
     rows = [
         {"dataset": name} | table.flat(record) | {"texts": len(row.records)} | _plain_means(row.mean)
         for row in shown.rows

@@ -11,7 +11,7 @@ from result_records import record
 from evalq.results.estimate import Estimate, Sample
 from evalq.results.record import AgainstReference, ResultRecord
 from evalq.results.resolution import resolution
-from evalq.results.significance import Matrix, Scored, holm, matrices, mcnemar_exact, p_value
+from evalq.results.significance import Matrix, Scored, holm, matrices, mcnemar_exact, p_value, with_pairs
 from evalq.results.statistics import Clusters, t_quantile
 from evalq.results.verdict import BROKEN_RULE, verdict
 
@@ -122,6 +122,22 @@ def test_same_top_counts_the_tokens_on_which_one_of_two_is_right() -> None:
         found.discordant.second,
         found.discordant.first,
     )
+
+
+def test_a_record_holds_its_row_of_every_matrix() -> None:
+    models, reference = run(0.01, 0.5)
+    found = matrices(models, CLUSTER_OF, reference)
+    rows = [one.beside_others for one in with_pairs([record(label="m1"), record(label="-")], found)]
+    assert rows[1] == () and {(one.quantity, one.other) for one in rows[0]} == {
+        (one.quantity, other) for one in found for other in one.labels if other != "m1"
+    }
+    for one in rows[0]:
+        cell = matrix(found, one.quantity).between("m1", one.other)
+        assert cell is not None and (one.difference, one.p_holm) == (cell.estimate, cell.p_holm)
+        told = None if cell.discordant is None else (cell.discordant.first, cell.discordant.second)
+        assert told == (None if one.only_this is None else (one.only_this, one.only_other))
+    again = ResultRecord.model_validate(with_pairs([record(label="m1")], found)[0].model_dump())
+    assert again.beside_others == rows[0]
 
 
 def test_correlated_tokens_do_not_count_as_many() -> None:
