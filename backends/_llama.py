@@ -136,14 +136,21 @@ def first_part(path: Path) -> Path:
     )
 
 
-def tokenize(vocab: Any, text: str, add_special: bool = False, capacity: int | None = None) -> list[int]:
-    """Ids of `text` by the model's own vocabulary, no special token parsed from it.
+def tokenize(
+    vocab: Any,
+    text: str,
+    add_special: bool = False,
+    capacity: int | None = None,
+    parse_special: bool = False,
+) -> list[int]:
+    """Ids of `text` by the model's own vocabulary.
 
     Args:
         vocab: llama_vocab pointer.
         text: any text; it is tokenized as a whole, because cutting it could change merges.
         add_special: put BOS and EOS around it as the vocabulary asks for.
         capacity: room for this many ids at first; None takes one per byte of text.
+        parse_special: take what is written as a special token for one, as in a rendered chat.
     """
     llama_cpp = engine()
     raw = text.encode("utf-8")
@@ -151,7 +158,7 @@ def tokenize(vocab: Any, text: str, add_special: bool = False, capacity: int | N
     for _ in range(2):
         ids = np.empty(room, np.int32)
         pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        count = llama_cpp.llama_tokenize(vocab, raw, len(raw), pointer, room, add_special, False)
+        count = llama_cpp.llama_tokenize(vocab, raw, len(raw), pointer, room, add_special, parse_special)
         if count >= 0:
             kept: list[int] = ids[:count].tolist()
             return kept
@@ -181,6 +188,21 @@ def detokenize(vocab: Any, ids: list[int]) -> str:
             return text.raw[:count].decode("utf-8", errors="replace")
         room = -count  # the number of bytes it needs
     raise ModelError(f"llama_detokenize failed on {len(ids)} tokens", "engine_error")
+
+
+def pieces(vocab: Any, ids: list[int]) -> list[bytes]:
+    """What each token stands for, special tokens written out."""
+    llama_cpp = engine()
+    found, room = [], 64
+    piece = ctypes.create_string_buffer(room)
+    for token in ids:
+        count = llama_cpp.llama_token_to_piece(vocab, token, piece, room, 0, True)
+        if count < 0:
+            room = -count
+            piece = ctypes.create_string_buffer(room)
+            count = llama_cpp.llama_token_to_piece(vocab, token, piece, room, 0, True)
+        found.append(piece.raw[: max(0, count)])
+    return found
 
 
 def has_vocabulary(vocab: Any) -> bool:

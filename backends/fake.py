@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import numpy as np
 from evalq.engine.backend import (
     Backend,
     Batch,
+    Encoded,
     Generated,
     Ids,
     LoadedModel,
@@ -79,6 +80,7 @@ class _Tokenizer(Tokenizer):
     """UTF-8 bytes as ids, with 256 and 257 as BOS and EOS."""
 
     bos_id, eos_id, adds_bos, vocab_size = 256, 257, False, 258
+    stop_ids = frozenset({ord("\t")})
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         return list(text.encode(errors="surrogatepass"))
@@ -86,6 +88,21 @@ class _Tokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         """The bytes as text; BOS and EOS as nothing."""
         return bytes(token for token in ids if token < 256).decode(errors="replace")
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], opening: bool = False) -> str:
+        """A turn a line, "role: content", its end marked by a tab, the control token of this tokenizer."""
+        known = ("system", "user", "assistant")
+        wrong = next((m["role"] for m in messages if m["role"] not in known), None)
+        if wrong is not None:
+            raise ValueError(f"no such role: {wrong}")
+        turns = "".join(f"{m['role']}: {m['content']}\t\n" for m in messages)
+        return turns + ("assistant: " if opening else "")
+
+    def encode_chat(self, text: str) -> Encoded:
+        """Bytes; each of a character's stands where the character does."""
+        places = [(i, i + 1) for i, sign in enumerate(text) for _ in sign.encode(errors="surrogatepass")]
+        ids = self.encode(text, False)
+        return Encoded(ids, places, [token == ord("\t") for token in ids])
 
 
 class FakeBackend(Backend):

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evalq.backends import _llama
+from evalq.backends._chat_template import render
 from evalq.backends._llama_batch import COLUMNS, LlamaBatch, score_rows
 from evalq.backends._llama_generate import Generation
 from evalq.backends._llama_plan import (
@@ -35,8 +36,10 @@ from evalq.backends._llama_plan import (
 )
 from evalq.backends._llama_reference import gives_again, hidden_head, pack
 from evalq.engine.backend import (
+    NO_TEMPLATE,
     Backend,
     Batch,
+    Encoded,
     Generated,
     Ids,
     LoadedModel,
@@ -247,12 +250,17 @@ class GgufTokenizer(Tokenizer):
         """Take over a model that was opened for its vocabulary only."""
         llama_cpp = _llama.engine()
         self._vocab = llama_cpp.llama_model_get_vocab(model)
+        template = llama_cpp.llama_model_chat_template(model, None)
+        self._template = template.decode(errors="replace") if template else None
         weakref.finalize(self, llama_cpp.llama_model_free, model)
         bos, eos = llama_cpp.llama_vocab_bos(self._vocab), llama_cpp.llama_vocab_eos(self._vocab)
         self.bos_id = bos if bos >= 0 else None
         self.eos_id = eos if eos >= 0 else None
         self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.stop_ids = frozenset(
+            token for token in range(self.vocab_size) if llama_cpp.llama_vocab_is_eog(self._vocab, token)
+        )
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Ids of a text; add_special puts BOS and EOS as the vocabulary asks for."""
@@ -262,6 +270,50 @@ class GgufTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens included."""
         return _llama.detokenize(self._vocab, ids)
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], opening: bool = False) -> str:
+        """By the file's tokenizer.chat_template, in a sandbox."""
+        if not self._template:
+            raise ModelError("there is no chat template", "tokenizer_mismatch", NO_TEMPLATE)
+        special = {
+            name: "" if token is None else self.decode([token])
+            for name, token in (("bos_token", self.bos_id), ("eos_token", self.eos_id))
+        }
+        return render(self._template, messages, opening, special)
+
+    def encode_chat(self, text: str) -> Encoded:
+        """What is written as a special token is one, as llama.cpp reads chats. Raises ModelError."""
+        llama_cpp = _llama.engine()
+        ids = _llama.tokenize(self._vocab, text, parse_special=True)
+        spans = places(text, _llama.pieces(self._vocab, ids))
+        if spans is None:
+            return super().encode_chat(text)
+        return Encoded(ids, spans, [bool(llama_cpp.llama_vocab_is_control(self._vocab, i)) for i in ids])
+
+
+def places(text: str, pieces: Sequence[bytes]) -> list[tuple[int, int]] | None:
+    """Where tokens stand in a text, start and end in characters, by what each stands for.
+
+    A vocabulary may put a space before a word that the text does not have. Bytes of one character stand
+    where the character does.
+
+    Returns:
+        None where the pieces are not those of the text.
+    """
+    raw = text.encode()
+    # Of each byte the character that it belongs to, and one past the last.
+    of_byte = np.cumsum([int(byte & 0xC0 != 0x80) for byte in raw]) - 1
+    at, found = 0, []
+    for piece in pieces:
+        if not raw.startswith(piece, at):
+            piece = piece.removeprefix(b" ")
+            if not raw.startswith(piece, at):
+                return None
+        end = at + len(piece)
+        start = int(of_byte[at]) if at < len(raw) else len(text)
+        found.append((start, int(of_byte[end - 1]) + 1 if piece else start))
+        at = end
+    return found if at == len(raw) else None
 
 
 def load_tokenizer(path: Path) -> GgufTokenizer:

@@ -12,8 +12,9 @@ Source: https://huggingface.co/docs/transformers
 
 import importlib.metadata
 import os
+import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -38,8 +39,10 @@ from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, score_rows, to
 from evalq.checkpoint.adapter import FEATURES, Adapter
 from evalq.engine.backend import (
     LAYER_NOISE,
+    NO_TEMPLATE,
     Backend,
     Batch,
+    Encoded,
     Generated,
     Ids,
     LoadedModel,
@@ -56,6 +59,7 @@ from evalq.engine.columns import REFERENCE_ROWS
 from evalq.engine.kv_cache import step_bounds
 from evalq.engine.reference import ReferenceHead
 from evalq.errors import ModelError
+from evalq.files import read_json
 
 OPTIONS = {
     "dtype": Option(
@@ -277,7 +281,8 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return _Tokenizer(AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code))
+        found = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return _Tokenizer(found, _stop_ids(path))
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         remedy = "set tokenizer_dir in the data spec to a directory with a tokenizer"
@@ -289,10 +294,12 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
 class _Tokenizer(Tokenizer):
     """A transformers tokenizer as the framework sees it."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, stop_ids: frozenset[int] = frozenset()) -> None:
+        """`stop_ids` are those of the checkpoint's generation_config.json."""
         self._tokenizer = tokenizer
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
+        self.stop_ids = stop_ids | (frozenset() if self.eos_id is None else {self.eos_id})
         self.vocab_size = len(tokenizer)
         with_special = self.encode("a", True)
         self.adds_bos = self.bos_id is not None and with_special[:1] == [self.bos_id]
@@ -318,6 +325,49 @@ class _Tokenizer(Tokenizer):
                 continue
             return self.encode(text, False)
         raise ModelError(f"the chat template cannot be rendered: {problem}", "tokenizer_mismatch")
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], opening: bool = False) -> str:
+        """By transformers' apply_chat_template, in its sandbox."""
+        self._require_template()
+        given = [dict(message) for message in messages]
+        return str(self._tokenizer.apply_chat_template(given, add_generation_prompt=opening, tokenize=False))
+
+    def chat_answers(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[int, int]] | None:
+        """Where {% generation %} in the template says; as return_assistant_tokens_mask, in characters."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self._require_template()
+        template = self._tokenizer.get_chat_template()
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            return None
+        found = render_jinja_template(
+            conversations=[[dict(message) for message in messages]],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        return [(int(start), int(end)) for start, end in found[1][0]]
+
+    def encode_chat(self, text: str) -> Encoded:
+        """A fast tokenizer's offsets."""
+        if not self._tokenizer.is_fast:
+            return super().encode_chat(text)
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = list(found["input_ids"])
+        special = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        return Encoded(ids, [tuple(span) for span in found["offset_mapping"]], [i in special for i in ids])
+
+    def _require_template(self) -> None:
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ModelError("there is no chat template", "tokenizer_mismatch", NO_TEMPLATE)
+
+
+def _stop_ids(path: Path) -> frozenset[int]:
+    """Tokens that end an answer, as the checkpoint's generation_config.json says."""
+    found = read_json(path / "generation_config.json") if path.is_dir() else None
+    ids = found.get("eos_token_id") if isinstance(found, dict) else None
+    listed = ids if isinstance(ids, list) else [ids]
+    return frozenset(i for i in listed if isinstance(i, int) and not isinstance(i, bool))
 
 
 def _device(name: str) -> Any:

@@ -88,7 +88,8 @@ def compared(records: Sequence[ResultRecord]) -> list[str]:
     tokens = known.get("tokens_scored") or scored.tokens_scored
     facts = [DATASETS.get(dataset, printable(dataset, 60)), f"{scored.protocol} protocol"]
     if length:
-        windows = f"windows of {length} tokens"
+        chat = scored.protocol == "chat"
+        windows = f"conversations of up to {length} tokens" if chat else f"windows of {length} tokens"
         facts.append(f"{windows}, stride {stride}" if stride and stride != length else windows)
     if tokens:
         facts.append(f"{tokens:,} tokens scored")

@@ -271,6 +271,7 @@ def _speed_settings(arguments: argparse.Namespace) -> "SpeedSettings | None":
 def _data_spec(name: str, arguments: argparse.Namespace) -> "DataSpec":
     from evalq.cli.given import data_spec
     from evalq.data.windows import protocol_named
+    from evalq.errors import SpecError
 
     spec = data_spec(name)
     changes: dict[str, object] = {}
@@ -284,6 +285,8 @@ def _data_spec(name: str, arguments: argparse.Namespace) -> "DataSpec":
         changes["max_rows"] = arguments.max_rows
     spec = spec.model_copy(update=changes)
     protocol_named(spec.protocol)
+    if spec.wrong_protocol is not None:
+        raise SpecError(f"--protocol {spec.protocol}: {spec.wrong_protocol}")
     return spec
 
 

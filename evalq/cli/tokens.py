@@ -114,11 +114,12 @@ def _chosen(arguments: argparse.Namespace, store: "Store") -> "ResultRecord":
 
 def _listed(records: "Sequence[ResultRecord]") -> str:
     """What tells results of one label apart."""
+    from evalq.results.record import windows_text
+
     shown = []
     for record in records[:_MATCHES_SHOWN]:
         facts, engine = record.comparison, record.engine_version or record.engine
-        windows = f"{facts.get('windows')} windows of {facts.get('eval_len')} tokens"
-        what = f"{facts.get('dataset')}, {record.protocol}, {windows}, {engine}"
+        what = f"{facts.get('dataset')}, {record.protocol}, {windows_text(facts)}, {engine}"
         shown.append(f"{str(record.key)[:12]} ({what})")
     more = f", {len(records) - _MATCHES_SHOWN} more" if len(records) > _MATCHES_SHOWN else ""
     return ", ".join(shown) + more

@@ -147,6 +147,7 @@ class Protocol:
         special_tokens: whether the tokenizer adds its special tokens to the text as a whole.
         own_prefix: windows say themselves which of them take a prefix (BOS, or EOS without one), and max_rows
             counts documents; no other BOS policy or prefix fits it.
+        own_start: a document begins as the tokenizer wrote it: no BOS policy or prefix fits it.
         bos_first: BOS overwrites the first token of every window where the tokenizer adds one.
         exact_rows: fewer windows than max_rows are an error.
         scores_all: every token of the text is scored once, so totals per byte and word are exact.
@@ -157,7 +158,7 @@ class Protocol:
 
     build: Builder
     min_tokens: Callable[[int], int]
-    text: TextBuilder
+    text: TextBuilder | Literal["conversations"]
     default_eval_len: int
     default_eval_stride: int | None
     unit: Literal["token", "word"]
@@ -169,6 +170,7 @@ class Protocol:
     min_eval_len: int = 2
     special_tokens: bool = True
     own_prefix: bool = False
+    own_start: bool = False
     bos_first: bool = False
     exact_rows: bool = False
     scores_all: bool = False
@@ -248,6 +250,15 @@ def _long(settings: ProtocolSettings, facts: StreamFacts) -> Iterator[Window]:
     for end in facts.document_ends or (facts.n_tokens,):
         for start in range(begin, end - 1, settings.eval_len):
             yield Window(start, min(start + settings.eval_len, end), start + 1)
+        begin = end
+
+
+def _conversations(settings: ProtocolSettings, facts: StreamFacts) -> Iterator[Window]:
+    """A document a window, cut at its end where it is longer than L. Its first token is context."""
+    begin = 0
+    for end in facts.document_ends or (facts.n_tokens,):
+        if end - begin > 1:
+            yield Window(begin, min(begin + settings.eval_len, end), begin + 1)
         begin = end
 
 
@@ -340,5 +351,18 @@ PROTOCOLS: dict[str, Protocol] = {
         bos_first=True,
         least_clusters=LEAST_CLUSTERS,
         in_steps=True,
+    ),
+    "chat": Protocol(
+        build=_conversations,
+        min_tokens=lambda length: 2,
+        text="conversations",
+        default_eval_len=4096,
+        default_eval_stride=None,
+        unit="token",
+        help="conversations by the model's own chat template: a window each, the assistant's tokens count",
+        source="https://huggingface.co/docs/transformers/chat_templating",
+        fixed_stride=True,
+        special_tokens=False,
+        own_start=True,
     ),
 }

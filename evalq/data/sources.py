@@ -5,12 +5,13 @@ Where texts come from: `text_files` (files, folders), `tables` (.jsonl, .parquet
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from evalq.data.chat import FORM, Message, as_document, conversation, require_answers, said
 from evalq.data.detokenize import detokenize, word_count
 from evalq.data.found import Found, names_of
 from evalq.data.hub_sets import Fetched, fetch, read
@@ -21,7 +22,8 @@ from evalq.data.windows import ProtocolSettings, protocol_named
 from evalq.errors import DataError
 from evalq.files import write_atomic
 from evalq.spec import DataSpec
-from evalq.spec.texts import HUB, SEPARATOR, TEXT, TEXT_COLUMN, HubSet, NamedText, is_table
+from evalq.spec.base import shown
+from evalq.spec.texts import HUB, SEPARATOR, TEXT, HubSet, NamedText, is_table
 
 
 @dataclass(frozen=True)
@@ -56,25 +58,78 @@ def load_text(spec: DataSpec, kept: Path, offline: bool) -> Text:
     Raises:
         DataError: the text cannot be had, or is none.
     """
-    found = find_text(spec, kept, offline)
     builder = protocol_named(spec.protocol).text
+    if builder == "conversations":
+        chats = load_chats(spec, kept, offline)
+        require_answers(chats.conversations, chats.places)
+        return chat_text(chats)
+    found = find_text(spec, kept, offline)
     originals = build(builder, found)
     # WikiText's own detokenizer: documents from elsewhere are scored as they are.
     pages = builder == "documents" and found.lines
     documents = tuple(detokenize(page) for page in originals) if pages else originals
     if not any(document.strip() for document in documents):
         raise DataError(f"the text {found.name} is empty", "take another text")
-    digest = hashlib.sha256()
     for document in documents:
-        digest.update(_utf8(document, found.name) + b"\0")
+        _require_utf8(document, found.name)
     return Text(
         found.name,
         documents,
-        digest.hexdigest(),
+        text_digest(documents),
         tuple(len(page.encode()) for page in originals),
         tuple(word_count(page) for page in originals),
         found.origin,
     )
+
+
+@dataclass(frozen=True)
+class Chats:
+    """Conversations as they were found.
+
+    Args:
+        name: in records and messages.
+        conversations: at least one.
+        places: where each stands, as an error names it.
+        origin: where they came from, for the record.
+    """
+
+    name: str
+    conversations: tuple[list[Message], ...]
+    places: tuple[str, ...]
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_chats(spec: DataSpec, kept: Path, offline: bool) -> Chats:
+    """The conversations of a data spec, a row of a table each. Raises as `load_text`."""
+    if not is_column(spec):
+        named = spec.path or ", ".join(spec.paths or []) or spec.dataset
+        raise DataError(f"conversations are rows of a table, {shown(named)} is none", FORM)
+    column, origin = load_column(spec, kept, offline)
+    name = spec.dataset_name if spec.named_text is not None else _name_of_table(spec)
+    rows = zip(column.values, column.places, strict=True)
+    return Chats(name, tuple(conversation(value, place) for value, place in rows), column.places, origin)
+
+
+def chat_text(chats: Chats) -> Text:
+    """Conversations as a text, with bytes and words of what the assistant says."""
+    documents = tuple(map(as_document, chats.conversations))
+    answers = tuple(map(said, chats.conversations))
+    return Text(
+        chats.name,
+        documents,
+        text_digest(documents),
+        tuple(len(answer.encode()) for answer in answers),
+        tuple(word_count(answer) for answer in answers),
+        chats.origin,
+    )
+
+
+def text_digest(documents: Iterable[str]) -> str:
+    """SHA-256 (hex) of documents, each ended by a zero byte."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.encode() + b"\0")
+    return digest.hexdigest()
 
 
 def find_text(spec: DataSpec, kept: Path, offline: bool) -> Found:
@@ -110,7 +165,7 @@ def load_column(spec: DataSpec, kept: Path, offline: bool) -> tuple[Column, Mapp
         return read_table(_data_folder() / named.source, named.column), {}
     if spec.dataset == TEXT:
         tables = [spec.local(name) for name in spec.paths or [spec.path or ""]]
-        columns = [read_table(path, spec.column, spec.rows) for path in tables]
+        columns = [read_table(path, spec.text_column, spec.rows) for path in tables]
         values = tuple(value for column in columns for value in column.values)
         places = tuple(place for column in columns for place in column.places)
         return Column(values, places, columns[0].name), {}
@@ -146,7 +201,7 @@ def _hub_set(spec: DataSpec) -> HubSet:
         name=str(folder.resolve()) if folder.is_dir() else name,
         config=spec.config,
         split=spec.split or "test",
-        column=spec.column or TEXT_COLUMN,
+        column=spec.text_column,
         revision=spec.revision,
         rows=spec.rows,
     )
@@ -178,10 +233,10 @@ def _data_folder() -> Path:
     return Path(str(resources.files("evalq.data")))
 
 
-def _utf8(document: str, name: str) -> bytes:
+def _require_utf8(document: str, name: str) -> None:
     """Raise DataError for half a surrogate pair, which JSON can hold and no tokenizer takes."""
     try:
-        return document.encode()
+        document.encode()
     except UnicodeEncodeError as error:
         what = f"the text {name} holds half of a surrogate pair at character {error.start}"
         raise DataError(what, "correct it: it is no Unicode text") from None

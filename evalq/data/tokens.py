@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -31,6 +32,8 @@ class TokenStream:
         probe_text: a text for checking another tokenizer against this one.
         probe_ids: its ids, without special tokens.
         prefix_ids: the chat template's opening, when the data spec asks for one.
+        mask_N: which tokens count, bool [N]; None where all do.
+        stop_ids: tokens that end an answer, of a stream of prompts.
     """
 
     ids_N: Ids
@@ -39,11 +42,25 @@ class TokenStream:
     probe_text: str
     probe_ids: tuple[int, ...]
     prefix_ids: tuple[int, ...] = ()
+    mask_N: NDArray[np.bool_] | None = None
+    stop_ids: tuple[int, ...] = ()
 
 
-def write_stream(path: Path, ids_N: Ids, described: dict[str, Any]) -> None:
-    """Keep a token stream. `described` holds the fields of StreamFacts, probe_text, probe_ids, prefix_ids."""
-    write_atomic(path, save({"ids": np.asarray(ids_N, np.int64)}, {"described": json.dumps(described)}))
+def write_stream(
+    path: Path, ids_N: Ids, described: dict[str, Any], mask_N: NDArray[np.bool_] | None = None
+) -> None:
+    """Keep a token stream.
+
+    Args:
+        path: its file.
+        ids_N: int64 [N].
+        described: the fields of StreamFacts, probe_text, probe_ids, prefix_ids, stop_ids.
+        mask_N: which tokens count, bool [N]; None where all do.
+    """
+    tensors = {"ids": np.asarray(ids_N, np.int64)}
+    if mask_N is not None:
+        tensors["mask"] = mask_N.astype(np.uint8)
+    write_atomic(path, save(tensors, {"described": json.dumps(described)}))
 
 
 class _Described(BaseModel):
@@ -53,6 +70,7 @@ class _Described(BaseModel):
     probe_text: str
     probe_ids: tuple[int, ...]
     prefix_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...] = ()
 
 
 def read_stream(path: Path) -> TokenStream | None:
@@ -60,11 +78,14 @@ def read_stream(path: Path) -> TokenStream | None:
     try:
         with safe_open(path, framework="numpy") as file:
             ids = file.get_tensor("ids")
+            mask = file.get_tensor("mask").astype(bool) if "mask" in file.keys() else None  # noqa: SIM118
             described = _Described.model_validate_json(file.metadata()["described"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
     facts = described.facts
     if ids.dtype != np.int64 or ids.ndim != 1 or len(ids) != facts.n_tokens:
+        return None
+    if mask is not None and mask.shape != ids.shape:
         return None
     return TokenStream(
         ids,
@@ -73,6 +94,8 @@ def read_stream(path: Path) -> TokenStream | None:
         described.probe_text,
         described.probe_ids,
         described.prefix_ids,
+        mask,
+        described.stop_ids,
     )
 
 
@@ -97,4 +120,6 @@ def cut(stream: TokenStream, max_tokens: int | None) -> TokenStream:
         stream.probe_text,
         stream.probe_ids,
         stream.prefix_ids,
+        None if stream.mask_N is None else stream.mask_N[:max_tokens],
+        stream.stop_ids,
     )

@@ -6,6 +6,7 @@ protocol means is in `evalq.data.protocols`, whose names are offered here too.
 
 import difflib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, islice
@@ -55,11 +56,14 @@ class WindowPlan:
         protocol: the name in PROTOCOLS.
         windows: at least one, each with at least one target.
         prefix: token ids that windows put before themselves or over their first token.
+        mask: which targets count, bool [n_targets]; None where all of them do. Engines score every target,
+            and the store keeps them; metrics see those that count.
     """
 
     protocol: str
     windows: tuple[Window, ...]
     prefix: tuple[int, ...]
+    mask: NDArray[np.bool_] | None = None
 
     @property
     def longest_tokens(self) -> int:
@@ -70,6 +74,11 @@ class WindowPlan:
     def n_targets(self) -> int:
         """Tokens scored; one that is scored in several windows counts each time."""
         return sum(window.n_targets for window in self.windows)
+
+    @property
+    def n_counted(self) -> int:
+        """Targets that count."""
+        return self.n_targets if self.mask is None else int(self.mask.sum())
 
     @property
     def most_targets(self) -> int:
@@ -94,15 +103,23 @@ class WindowPlan:
 
     @cached_property
     def cluster_of(self) -> NDArray[np.int64]:
-        """Which scored tokens depend on each other, int64 [n_targets]: `cluster_of` of its table."""
-        return cluster_of(self.table, least_clusters(self.protocol))
+        """Which tokens that count depend on each other, int64 [n_counted]: `cluster_of` of its table."""
+        every = cluster_of(self.table, least_clusters(self.protocol))
+        return every if self.mask is None else every[self.mask]
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of the windows and the prefix: two plans with one digest score the same tokens."""
+        """SHA-256 (hex) of windows, prefix and mask: two plans with one digest count the same tokens."""
         digest = hashlib.sha256(self.table.astype("<i8").tobytes())
         digest.update(np.asarray(self.prefix, "<i8").tobytes())
+        if self.mask is not None:
+            digest.update(b"mask" + np.packbits(self.mask).tobytes())
         return digest.hexdigest()
+
+    @property
+    def mask_digest(self) -> str | None:
+        """SHA-256 (hex) of the mask; None without one."""
+        return None if self.mask is None else hashlib.sha256(np.packbits(self.mask).tobytes()).hexdigest()
 
     def batches(self, batch_windows: int) -> list[list[int]]:
         """Indices of consecutive windows with equal T and equal first target, for one forward() each.
@@ -211,16 +228,20 @@ def stream_special_tokens(protocol: str, bos: BosPolicy) -> bool:
     return bos != "never" and protocol_named(protocol).special_tokens
 
 
-def plan_windows(settings: ProtocolSettings, facts: StreamFacts) -> WindowPlan:
+def plan_windows(
+    settings: ProtocolSettings, facts: StreamFacts, mask_N: NDArray[np.bool_] | None = None
+) -> WindowPlan:
     """The windows that a protocol cuts out of a stream.
 
     Args:
         settings: the data spec's choice.
         facts: what the tokenizer made of the text.
+        mask_N: which tokens of the stream count, bool [N]; None where all do.
 
     Returns:
-        The plan: at least one window, each with at least one target, inside the stream and (lm-eval) inside
-        one document.
+        The plan: at least one window, each with at least one target, inside the stream and (lm-eval, chat)
+        inside one document. With a mask a window ends with its last target that counts, its first one is
+        its first target, and a window in which none counts is left out.
 
     Raises:
         SpecError: settings that the protocol does not have.
@@ -236,6 +257,8 @@ def plan_windows(settings: ProtocolSettings, facts: StreamFacts) -> WindowPlan:
         raise DataError(f"{size}, {settings.name} with eval_len {settings.eval_len} needs {needed}", _SHORTER)
     head, prefix = _head(settings, facts)
     built = protocol.build(settings, facts)
+    if mask_N is not None:
+        built = _counted(built, mask_N)
     if not protocol.own_prefix:
         built = (replace(window, head=head) for window in islice(built, settings.max_rows or None))
     windows = tuple(built)
@@ -246,7 +269,18 @@ def plan_windows(settings: ProtocolSettings, facts: StreamFacts) -> WindowPlan:
             f"text has {len(windows)} windows of {settings.eval_len} tokens, max_rows is {settings.max_rows}",
             f"set max_rows to {len(windows)} or less, or lower eval_len",
         )
-    return WindowPlan(settings.name, windows, prefix)
+    mask = None if mask_N is None else np.concatenate([mask_N[w.score_from : w.end] for w in windows])
+    if mask is not None and mask.all():
+        mask = None
+    return WindowPlan(settings.name, windows, prefix, mask)
+
+
+def _counted(windows: Iterator[Window], mask_N: NDArray[np.bool_]) -> Iterator[Window]:
+    """Windows from their first target that counts to their last: the others need not be scored."""
+    for window in windows:
+        places = window.score_from + np.flatnonzero(mask_N[window.score_from : window.end])
+        if places.size:
+            yield replace(window, end=int(places[-1]) + 1, score_from=int(places[0]))
 
 
 _SHORTER = "take a longer text or lower eval_len in the data spec"
@@ -281,7 +315,7 @@ def _check_settings(settings: ProtocolSettings, protocol: Protocol) -> None:
     if warmup and not protocol.warmup:
         known = ", ".join(n for n, p in PROTOCOLS.items() if p.warmup)
         raise SpecError(f"{name} has no warmup_tokens", f"remove it; protocols that have it: {known}")
-    if protocol.own_prefix and (settings.bos != "default" or settings.prefix_ids):
+    if (protocol.own_prefix or protocol.own_start) and (settings.bos != "default" or settings.prefix_ids):
         what = "prefix_ids" if settings.prefix_ids else f'bos "{settings.bos}"'
         raise SpecError(f"{name} puts its own prefix before every document, got {what}", "remove it")
 

@@ -311,8 +311,10 @@ class Tokenizer(ABC):
         eos_id: end-of-sequence token, or None.
         adds_bos: whether it puts BOS before a text by itself.
         vocab_size: number of ids.
+        stop_ids: tokens that end an answer, where the checkpoint says so; its EOS among them.
     """
 
+    stop_ids: frozenset[int] = frozenset()
     bos_id: int | None
     eos_id: int | None
     adds_bos: bool
@@ -329,6 +331,53 @@ class Tokenizer(ABC):
     def chat_prefix(self) -> list[int]:
         """Ids of the opening of a chat, by the tokenizer's own template. Raises ModelError without one."""
         raise ModelError("this tokenizer has no chat template", "tokenizer_mismatch", "remove chat_template")
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], opening: bool = False) -> str:
+        """A conversation as the tokenizer's own chat template renders it.
+
+        Args:
+            messages: its turns, each with "role" and "content".
+            opening: whether the start of the assistant's next turn follows.
+
+        Raises:
+            ModelError: there is no template; any other exception is the template's own.
+        """
+        raise ModelError("there is no chat template", "tokenizer_mismatch", NO_TEMPLATE)
+
+    def chat_answers(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[int, int]] | None:
+        """Start and end of what the template itself marks as the assistant's, in characters of chat_text().
+
+        None where it marks nothing, as most templates do.
+        """
+        return None
+
+    def encode_chat(self, text: str) -> "Encoded":
+        """Ids of a rendered conversation, nothing added, and where they stand. Raises ModelError."""
+        raise ModelError(
+            "this tokenizer does not say where its tokens stand in a text",
+            "tokenizer_mismatch",
+            "set tokenizer_dir to a directory with a tokenizer.json",
+        )
+
+
+NO_TEMPLATE = (
+    "set tokenizer_dir to the instruct model of this family, or score a plain text with another protocol"
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A rendered conversation as tokens.
+
+    Args:
+        ids: [T].
+        spans: where each stands in the text, start and end in characters, [T].
+        is_control: whether it is a control token, such as one that ends a turn, [T].
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    is_control: list[bool]
 
 
 class Backend(ABC):

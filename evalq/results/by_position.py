@@ -54,13 +54,16 @@ class Bucket:
         return {name: column[self.index] for name, column in columns.items()}
 
 
-def buckets(table: NDArray[np.int64]) -> list[Bucket]:
+def buckets(table: NDArray[np.int64], targets: NDArray[np.int64] | None = None) -> list[Bucket]:
     """The buckets that hold scored tokens; none where all are in one.
 
     Args:
         table: windows in stream order as (start, end, score_from, ...), int64 [W, 3 or more].
+        targets: which of the windows' targets the tokens are, int64 [n]; None where they are all of them.
     """
     position, clusters = positions_of(table), cluster_of(table)
+    if targets is not None:
+        position, clusters = position[targets], clusters[targets]
     overlap = windows_overlap(table[:, 0], table[:, 1])
     found, start, stop = [], 0, FIRST_STOP
     while start <= position.max(initial=-1):
@@ -72,15 +75,18 @@ def buckets(table: NDArray[np.int64]) -> list[Bucket]:
     return found if len(found) > 1 else []
 
 
-def own_by_position(found: Measured, table: NDArray[np.int64]) -> tuple[AtPosition, ...]:
+def own_by_position(
+    found: Measured, table: NDArray[np.int64], targets: NDArray[np.int64] | None = None
+) -> tuple[AtPosition, ...]:
     """Perplexity and mean NLL by position.
 
     Args:
-        found: columns of every scored token of the windows.
+        found: columns of the windows' targets.
         table: the windows.
+        targets: which of their targets, as for `buckets`.
     """
     rows = []
-    for bucket in buckets(table):
+    for bucket in buckets(table, targets):
         part = Measured(bucket.of(found.columns), bucket.cluster_of, TextScale())
         try:
             metrics = compute(part, OWN_ROWS)
@@ -90,15 +96,18 @@ def own_by_position(found: Measured, table: NDArray[np.int64]) -> tuple[AtPositi
     return tuple(rows)
 
 
-def pair_by_position(pair: Pair, table: NDArray[np.int64] | None) -> tuple[AtPosition, ...]:
+def pair_by_position(
+    pair: Pair, table: NDArray[np.int64] | None, targets: NDArray[np.int64] | None = None
+) -> tuple[AtPosition, ...]:
     """The ratio of perplexities, KLD and same-top by position.
 
     Args:
-        pair: columns of every scored token of the windows.
+        pair: columns of the windows' targets.
         table: the windows; None for results of evalq 0.1, which do not say where they lie.
+        targets: which of their targets, as for `buckets`.
     """
     rows = []
-    for bucket in [] if table is None else buckets(table):
+    for bucket in [] if table is None else buckets(table, targets):
         part = replace(
             pair,
             mine=bucket.of(pair.mine),

@@ -113,11 +113,11 @@ def _places(found: TokenColumns) -> NDArray[np.int64]:
         )
     ends, score_from = found.windows[:, 1], found.windows[:, 2]
     n_targets = ends - score_from
-    if not np.array_equal(found.window_of, np.repeat(np.arange(len(n_targets)), n_targets)):
+    window_of = np.repeat(np.arange(len(n_targets)), n_targets)
+    if not np.array_equal(found.window_of, found.of_these(window_of)):
         raise StoreError("a result whose windows contradict its tokens", "score it again with -cc")
     first = np.cumsum(n_targets) - n_targets
-    places: NDArray[np.int64] = np.arange(found.window_of.size) - (first - score_from)[found.window_of]
-    return places
+    return found.of_these(np.arange(window_of.size) - (first - score_from)[window_of])
 
 
 def _sizes(mine: TokenColumns, ln_p: Floats, ln_q: Floats, by: By) -> Floats:

@@ -349,6 +349,14 @@ class ResultRecord(_Measured):
         return math.log(word_ppl) / math.log(ppl)
 
 
+def windows_text(comparison: Mapping[str, Any]) -> str:
+    """How many windows of what length a result was scored on, in a few words."""
+    count, length = comparison.get("windows"), comparison.get("eval_len")
+    if comparison.get("protocol") == "chat":
+        return f"{count} conversations of up to {length} tokens"
+    return f"{count} windows of {length} tokens"
+
+
 def read_record(folder: Path) -> ResultRecord | None:
     """The record in a result's folder; None when there is none, or it cannot be read."""
     try:

@@ -142,7 +142,7 @@ def _compared(
     pair = paired(mine, theirs, record.protocol, record.ppl_stderr_is_lower_bound)
     try:
         metrics, notes = compare(pair), pair.notes()
-        by_position = pair_by_position(pair, mine.windows)
+        by_position = pair_by_position(pair, mine.windows, mine.targets)
     except ModelError as error:
         note = f'not compared with "{base.label}" token by token: {error.message}'
         return cleared.model_copy(update={"notes": list(dict.fromkeys([*record.notes, note]))})
@@ -174,4 +174,4 @@ def clusters_of(found: TokenColumns, protocol: str) -> NDArray[np.int64]:
     """Which tokens depend on each other, int64 [n]; the windows where it is not known where those lie."""
     if found.windows is None:
         return found.window_of
-    return cluster_of(found.windows, least_clusters(protocol))
+    return found.of_these(cluster_of(found.windows, least_clusters(protocol)))

@@ -57,7 +57,7 @@ from evalq.results.tokens import (
 
 STORE_VERSION = 1
 # What may differ between results that share windows.
-_OF_THE_PLAN = ("windows", "tokens_scored", "plan_sha256")
+_OF_THE_PLAN = ("windows", "tokens_scored", "plan_sha256", "mask_sha256")
 SCORES, RUN, PARTS = "scores.safetensors", "run.json", "parts"
 
 
@@ -157,7 +157,7 @@ class ResultDir:
         columns: dict[str, Array] = {}
         there: dict[str, NDArray[np.bool_]] = {}
         timing = Timing()
-        finished = self.scores()
+        finished = self.every_target()
         if finished is not None and finished.belongs_to(plan):
             columns = {name: np.array(column) for name, column in finished.columns.items()}
             there = {name: np.ones(n_windows, bool) for name in columns}
@@ -202,14 +202,19 @@ class ResultDir:
         """
         assert held.complete, "a result has at least one complete column"
         plan = held.plan
-        found = TokenColumns(held.complete, plan.window_of, held.timing, plan.table, plan.digest)
+        found = TokenColumns(held.complete, plan.window_of, held.timing, plan.table, plan.digest, plan.mask)
         write_json(self.path / RUN, run)
         write_atomic(self.path / SCORES, encode(found))
         shutil.rmtree(self.path / PARTS, ignore_errors=True)
         (self.path / "failure.json").unlink(missing_ok=True)
 
     def scores(self) -> TokenColumns | None:
-        """The columns of a finished run, else None."""
+        """The columns of a finished run, of the tokens that count; else None."""
+        found = self.every_target()
+        return None if found is None else found.counted
+
+    def every_target(self) -> TokenColumns | None:
+        """The columns of a finished run as they are kept, of all targets of its windows; else None."""
         return read_columns(self.path / SCORES)
 
     def run(self) -> dict[str, Any]:
@@ -219,7 +224,7 @@ class ResultDir:
 
     def answers(self, plan: WindowPlan, names: Iterable[str]) -> bool:
         """Whether every column asked for is there, or known to be more than the engine can give."""
-        found = self.scores()
+        found = self.every_target()
         if found is None or not found.belongs_to(plan):
             return False
         known = self.run().get("columns_not_given")

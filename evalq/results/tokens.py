@@ -2,6 +2,9 @@
 
 A file of a finished result holds every window of its plan; a part holds the windows of one batch. Both name
 the digest of their plan. A file of another plan, or one that contradicts itself, counts as not there.
+
+Where a plan has a mask, files hold every target and the mask; what computes figures sees the targets that
+count (`TokenColumns.counted`).
 """
 
 import json
@@ -20,7 +23,7 @@ from evalq.results.kept import plain_columns
 
 Array = NDArray[Any]
 # Tensors that say where columns belong; no column has such a name.
-WINDOW, WINDOWS = "window", "windows"
+WINDOW, WINDOWS, MASK = "window", "windows", "mask"
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError)
 
 
@@ -66,6 +69,8 @@ class TokenColumns:
         timing: of all sessions of the run.
         windows: int64 [W, 4] as `WindowPlan.table`, None in files of evalq 0.1.
         plan: the plan's digest, None in files of evalq 0.1.
+        mask: which of these tokens count, bool [n]; None where all do.
+        targets: which of the windows' targets these tokens are, int64 [n]; None where they are all of them.
     """
 
     columns: Mapping[str, Array]
@@ -73,6 +78,21 @@ class TokenColumns:
     timing: Timing = field(default_factory=Timing)
     windows: NDArray[np.int64] | None = None
     plan: str | None = None
+    mask: NDArray[np.bool_] | None = None
+    targets: NDArray[np.int64] | None = None
+
+    @property
+    def counted(self) -> "TokenColumns":
+        """The tokens that count, and no others."""
+        if self.mask is None:
+            return self
+        columns = {name: column[self.mask] for name, column in self.columns.items()}
+        targets = np.flatnonzero(self.mask)
+        return replace(self, columns=columns, window_of=self.window_of[self.mask], mask=None, targets=targets)
+
+    def of_these(self, of_targets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of something known of every target of the windows, int64, what is about these tokens, [n]."""
+        return of_targets if self.targets is None else of_targets[self.targets]
 
     def beside(self, family: str | None) -> "TokenColumns":
         """The same with plain names for what was scored beside this family's reference, and no other."""
@@ -82,7 +102,7 @@ class TokenColumns:
         """Whether these are the tokens of a plan; 0.1 kept no digest, so there the windows' sizes decide."""
         if self.plan is not None and self.plan != plan.digest:
             return False
-        return np.array_equal(self.window_of, plan.window_of)
+        return np.array_equal(self.window_of, self.of_these(plan.window_of))
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,8 @@ def encode(found: TokenColumns) -> bytes:
     tensors[WINDOW] = found.window_of
     if found.windows is not None:
         tensors[WINDOWS] = found.windows
+    if found.mask is not None:
+        tensors[MASK] = found.mask.astype(np.uint8)
     return save(tensors, _metadata(found.timing, found.columns.values(), found.columns, found.plan))
 
 
@@ -121,16 +143,27 @@ def read_columns(file: Path) -> TokenColumns | None:
     try:
         tensors, metadata = _read(file)
         window_of, windows = tensors.pop(WINDOW), tensors.pop(WINDOWS, None)
+        mask = tensors.pop(MASK, None)
         if window_of.dtype != np.int64 or window_of.ndim != 1 or not tensors:
             return None
         if any(column.shape != window_of.shape for column in tensors.values()):
             return None
         if windows is not None and (windows.dtype != np.int64 or windows.ndim != 2 or windows.shape[1] != 4):
             return None
+        if mask is not None and not _masks(mask, window_of, windows):
+            return None
+        counts = None if mask is None else mask.astype(bool)
         timing = _timing(metadata, window_of.size)
-        return TokenColumns(tensors, window_of, timing, windows, metadata.get("plan"))
+        return TokenColumns(tensors, window_of, timing, windows, metadata.get("plan"), counts)
     except _UNREADABLE:
         return None
+
+
+def _masks(mask: Array, window_of: Array, windows: Array | None) -> bool:
+    """Whether a mask is one of the windows' targets."""
+    if windows is None or mask.dtype != np.uint8 or mask.shape != window_of.shape:
+        return False
+    return int((windows[:, 1] - windows[:, 2]).sum()) == mask.size
 
 
 def read_part(file: Path, plan: WindowPlan) -> Part | None:

@@ -17,6 +17,8 @@ from evalq.errors import ModelError
 from evalq.results.speed import Part, SpeedSettings
 from evalq.version import JOB_VERSION, __version__
 
+ChatKind = Literal["", "answers", "prompts"]
+
 
 class _Job(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,6 +36,8 @@ class TokenizeJob(_Job):
         documents: the text.
         add_special: whether the tokenizer adds its special tokens.
         chat_template: whether an empty chat goes before every window.
+        chat: "answers": the documents are conversations, and what the assistant says counts; "prompts": they
+            are conversations that the assistant is to go on with; "" for plain texts.
         out: file for the stream.
     """
 
@@ -44,6 +48,7 @@ class TokenizeJob(_Job):
     documents: tuple[str, ...]
     add_special: bool
     chat_template: bool
+    chat: ChatKind = ""
     out: str
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from evalq.data.windows import StreamFacts, WindowPlan
+from evalq.data.protocols import PROTOCOLS
 from evalq.engine.failures import remedy_of
 from evalq.errors import ModelError
 from evalq.files import read_json, write_json
@@ -35,14 +35,15 @@ def scored_record(
         return None
     measured = Measured(scores.columns, data.plan.cluster_of, data.scale)
     metrics = compute(measured)
-    by_position = own_by_position(measured, data.plan.table)
+    by_position = own_by_position(measured, data.plan.table, scores.targets)
     speed = _speed_notes(model, scores)
     notes = [
         *model.spec.notes,
         *model.engine.notes,
         *model.storage.findings,
+        *data.notes,
         *_texts(run.get("notes")),
-        *_bos_notes(data.plan, data.stream.facts),
+        *_bos_notes(data),
         *_count_notes(measured),
         *speed,
     ]
@@ -193,9 +194,14 @@ def _count_notes(measured: Measured) -> list[str]:
     return [f"{measured.n_nonfinite} of {measured.n_tokens} log-probabilities are not finite and left out"]
 
 
-def _bos_notes(plan: WindowPlan, facts: StreamFacts) -> list[str]:
+def _bos_notes(data: PreparedData) -> list[str]:
     """A model trained with BOS at the start gives absurd numbers without; Gemma's reach the thousands."""
+    plan, facts = data.plan, data.stream.facts
     if not facts.adds_bos or any(window.head != "keep" for window in plan.windows):
         return []
+    if PROTOCOLS[data.settings.name].own_start:
+        without = sum(data.stream.ids_N[window.start] != facts.bos_id for window in plan.windows)
+        what = f"the tokenizer wants BOS first, the chat template writes none in {without} of "
+        return [f"{what}{len(plan.windows)} conversations"] if without else []
     with_bos = "only the first window starts" if plan.windows[0].start == 0 else "no window starts"
     return [f'the tokenizer wants BOS first, {with_bos} with it: set "bos": "every_window" in the data spec']

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evalq.checkpoint.locate import locate
 from evalq.data.protocols import PROTOCOLS
 from evalq.data.sources import Text, settings_of
@@ -17,7 +19,7 @@ from evalq.errors import DataError, ModelError
 from evalq.files import read_json, write_json
 from evalq.results.metrics import TextScale
 from evalq.results.store import Store, key_of
-from evalq.run.job import TokenizeJob
+from evalq.run.job import ChatKind, TokenizeJob
 from evalq.run.prepare_model import (
     PreparedModel,
     Unprepared,
@@ -42,6 +44,7 @@ class PreparedData:
         plan: the windows.
         comparison: what two results must share to be compared.
         scale: bytes and words of the scored text.
+        notes: what a reader of any result on it should know, a line each.
     """
 
     spec: DataSpec
@@ -52,6 +55,7 @@ class PreparedData:
     plan: WindowPlan
     comparison: dict[str, Any]
     scale: TextScale
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,17 +99,25 @@ def tokenized(
         DataError: the tokenizer fails, or the text is too short for the protocol.
     """
     special = stream_special_tokens(spec.protocol, spec.bos)
+    chat: ChatKind = "answers" if PROTOCOLS[spec.protocol].text == "conversations" else ""
     depends_on = chosen.depends_on | {"special": special, "chat_template": spec.chat_template}
+    depends_on |= {"chat": chat} if chat else {}
     tokens_file = store.tokens(key_of({"kind": "tokens", "text": text.sha256, "tokenizer": depends_on}))
     whole = read_stream(tokens_file)
     if whole is None:
-        _run_tokenizer(chosen, text, special, spec.chat_template, tokens_file, store, settings, say)
+        job = _job(chosen, text, tokens_file, special=special, template=spec.chat_template, chat=chat)
+        _tokenize(job, chosen, text, store, settings, say)
         whole = read_stream(tokens_file)
     if whole is None:
         raise DataError(f"cannot read back the tokens {tokens_file}")
+    return laid_out(spec, text, whole, tokens_file)
+
+
+def laid_out(spec: DataSpec, text: Text, whole: TokenStream, tokens_file: Path) -> PreparedData:
+    """The windows of a data spec over a kept stream. Raises DataError where it is too short."""
     stream = cut(whole, spec.max_tokens)
     protocol = settings_of(spec, stream.prefix_ids)
-    plan = plan_windows(protocol, stream.facts)
+    plan = plan_windows(protocol, stream.facts, stream.mask_N)
     return PreparedData(
         spec,
         text,
@@ -115,6 +127,7 @@ def tokenized(
         plan,
         _comparison(text, stream, protocol, plan),
         _scale(text, whole, stream, spec, protocol),
+        _cut_notes(stream, protocol, plan),
     )
 
 
@@ -171,44 +184,56 @@ def _memory(spec: DataSpec, model: ModelSpec, store: Store) -> Path:
     return store.model(key_of({"tokenizer_of": spec_key(model), "tokenize_fn": spec.tokenize_fn}))
 
 
-def _run_tokenizer(
+def _job(
     chosen: TokenizerChoice,
     text: Text,
-    special: bool,
-    chat_template: bool,
     tokens_file: Path,
-    store: Store,
-    settings: RunSettings,
-    say: Callable[[str], None],
-) -> None:
+    *,
+    special: bool,
+    template: bool,
+    chat: ChatKind,
+) -> TokenizeJob:
+    """Raises DataError where the tokenizer's files are gone."""
     if chosen.path is None:
         raise DataError(
             "the models' files are gone, and this text was not tokenized while they were there",
             "set tokenizer_dir in the data spec",
         )
-    say(f"tokenizing {text.name} with {chosen.path.name}")
-    job = TokenizeJob(
+    return TokenizeJob(
         backend=chosen.backend,
         path=str(chosen.path.resolve()),
         trust_remote_code=chosen.trust_remote_code,
         documents=text.documents,
         add_special=special,
-        chat_template=chat_template,
+        chat_template=template,
+        chat=chat,
         out=str(tokens_file.resolve()),
     )
+
+
+def _tokenize(
+    job: TokenizeJob,
+    chosen: TokenizerChoice,
+    text: Text,
+    store: Store,
+    settings: RunSettings,
+    say: Callable[[str], None],
+) -> None:
+    say(f"tokenizing {text.name} with {Path(job.path).name}")
     worker = WorkerSettings(
         chosen.python, settings.timeout_seconds, settings.offline, store.root / "tokenize.log"
     )
     try:
         run_worker(job, worker, lambda event: None)
     except ModelError as error:
-        raise DataError(f"cannot tokenize with {chosen.path}: {error.message}", remedy_of(error)) from None
+        raise DataError(f"cannot tokenize with {job.path}: {error.message}", remedy_of(error)) from None
 
 
 def _comparison(
     text: Text, stream: TokenStream, settings: ProtocolSettings, plan: WindowPlan
 ) -> dict[str, Any]:
-    return {
+    mask = {} if plan.mask_digest is None else {"mask_sha256": plan.mask_digest}
+    return mask | {
         "dataset": text.name,
         "text_sha256": text.sha256,
         "tokens_sha256": stream.sha256,
@@ -217,7 +242,7 @@ def _comparison(
         "eval_len": settings.eval_len,
         "eval_stride": settings.stride,
         "windows": len(plan.windows),
-        "tokens_scored": plan.n_targets,
+        "tokens_scored": plan.n_counted,
         "warmup_tokens": settings.warmup_tokens,
         "bos": settings.bos,
         "prefix": list(plan.prefix),
@@ -229,10 +254,28 @@ def _comparison(
 def _scale(
     text: Text, whole: TokenStream, stream: TokenStream, spec: DataSpec, settings: ProtocolSettings
 ) -> TextScale:
-    per_token = sum(text.bytes_per_document) / len(whole.ids_N)
+    n_counted = len(whole.ids_N) if whole.mask_N is None else int(whole.mask_N.sum())
+    per_token = sum(text.bytes_per_document) / n_counted
     if not PROTOCOLS[settings.name].scores_all or len(stream.ids_N) < len(whole.ids_N):
         return TextScale(bytes_per_token=per_token)
     documents = slice(None, settings.max_rows)
     return TextScale(
         n_bytes=sum(text.bytes_per_document[documents]), n_words=sum(text.words_per_document[documents])
     )
+
+
+def _cut_notes(stream: TokenStream, settings: ProtocolSettings, plan: WindowPlan) -> tuple[str, ...]:
+    """Conversations that do not stand whole in their window."""
+    if stream.mask_N is None:
+        return ()
+    ends = np.asarray(stream.facts.document_ends or (len(stream.ids_N),))
+    begins = np.concatenate([[0], ends[:-1]])
+    used = begins <= plan.windows[-1].start
+    n_long = int((ends - begins > settings.eval_len)[used].sum())
+    n_left_out = int(used.sum()) - len(plan.windows)
+    notes, of = [], f"{used.sum()} conversations"
+    if n_long:
+        notes.append(f"{n_long} of {of} are longer than eval_len, {settings.eval_len} tokens: cut there")
+    if n_left_out:
+        notes.append(f"{n_left_out} of {of} say nothing of the assistant's within eval_len: left out")
+    return tuple(notes)

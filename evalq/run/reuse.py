@@ -55,7 +55,7 @@ def _adopt(old: ResultDir, result: ResultDir, plan: WindowPlan) -> bool:
 
 def _take(other: ResultDir, result: ResultDir, plan: WindowPlan) -> None:
     """Copy the windows that a finished result shares with this plan, as parts."""
-    found = other.scores()
+    found = other.every_target()
     if found is None or found.windows is None:
         return
     theirs = {tuple(row): index for index, row in enumerate(found.windows.tolist())}

@@ -108,7 +108,7 @@ class _Text:
         if stream is None:
             raise StoreError(f"cannot read the tokens {text.tokens_file}", "run again")
         stream = cut(stream, text.max_tokens)
-        plan = plan_windows(text.settings, stream.facts)
+        plan = plan_windows(text.settings, stream.facts, stream.mask_N)
         if plan.digest != text.plan_digest:
             raise other_evalq(sys.executable, "cuts other windows out of the same text")
         beside = _Beside.of(text, job.keep_most_bytes)

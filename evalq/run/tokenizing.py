@@ -9,15 +9,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from evalq.data import chat
 from evalq.data.tokens import PROBE_CHARACTERS, PROBE_EXTRA, write_stream
 from evalq.data.windows import StreamFacts
 from evalq.engine.backend import Tokenizer
 from evalq.engine.registry import backend
 from evalq.errors import ModelError
+from evalq.run.chat import tokenized_chat, tokenized_prompt
 from evalq.run.job import DecodeJob, TokenizeJob
+from evalq.spec.base import shown
 
 # A chat template is a program of the checkpoint. An honest one takes milliseconds.
 TEMPLATE_SECONDS = 10
@@ -34,6 +39,9 @@ def tokenize(job: TokenizeJob, emit: Callable[..., None]) -> None:
     """
     tokenizer = backend(job.backend).load_tokenizer(Path(job.path), job.trust_remote_code)
     emit("loaded")
+    if job.chat:
+        _tokenize_chat(job, tokenizer)
+        return
     ids: list[int] = []
     ends: list[int] = []
     for document in job.documents:
@@ -42,16 +50,59 @@ def tokenize(job: TokenizeJob, emit: Callable[..., None]) -> None:
     prefix: list[int] = []
     if job.chat_template:
         emit("rendering", seconds=TEMPLATE_SECONDS)
-        with _time_limit(TEMPLATE_SECONDS):
+        with _time_limit(TEMPLATE_SECONDS, 'set "chat_template" to false in the data spec'):
             prefix = tokenizer.chat_prefix()
-    probe_text = job.documents[0][:PROBE_CHARACTERS] + PROBE_EXTRA
-    described = {
+    described = _described(tokenizer, ids, ends, job.documents[0]) | {"prefix_ids": prefix}
+    write_stream(Path(job.out), np.asarray(ids, np.int64), described)
+
+
+def _tokenize_chat(job: TokenizeJob, tokenizer: Tokenizer) -> None:
+    """Conversations with a mask of what the assistant says, or prompts with what ends an answer to them."""
+    ids: list[int] = []
+    ends: list[int] = []
+    masks: list[NDArray[np.bool_]] = []
+    stop_ids = set(tokenizer.stop_ids)
+    chats = [chat.from_document(document) for document in job.documents]
+    for number, messages in enumerate(chats, 1):
+        with _template_of(number):
+            if job.chat == "prompts":
+                rendered = tokenized_prompt(tokenizer, messages)
+                stop_ids |= rendered.ends_with
+            else:
+                rendered = tokenized_chat(tokenizer, messages)
+        ids += rendered.ids
+        masks.append(rendered.mask)
+        ends.append(len(ids))
+    described = _described(tokenizer, ids, ends, chat.said(chats[0], None))
+    described |= {"prefix_ids": [], "stop_ids": sorted(stop_ids)}
+    mask_N = None if job.chat == "prompts" else np.concatenate(masks)
+    write_stream(Path(job.out), np.asarray(ids, np.int64), described, mask_N)
+
+
+@contextlib.contextmanager
+def _template_of(number: int) -> Iterator[None]:
+    """What goes wrong in a conversation, told with its number. A template may raise anything."""
+    try:
+        with _time_limit(TEMPLATE_SECONDS, "take another model's template: set tokenizer_dir"):
+            yield
+    except ModelError as error:
+        what = f"conversation {number}: {error.message}"
+        raise ModelError(what, error.category, error.remedy) from None
+    except Exception as error:
+        why = shown(str(error).strip() or type(error).__name__, 200)
+        message = f"conversation {number}: the chat template cannot be rendered: {why}"
+        remedy = "change the conversation, or set tokenizer_dir to a model with another template"
+        raise ModelError(message, "tokenizer_mismatch", remedy) from None
+
+
+def _described(tokenizer: Tokenizer, ids: list[int], ends: list[int], text: str) -> dict[str, Any]:
+    """What stands beside the ids in a stream's file."""
+    probe_text = text[:PROBE_CHARACTERS] + PROBE_EXTRA
+    return {
         "facts": asdict(_facts(tokenizer, ids, ends)),
         "probe_text": probe_text,
         "probe_ids": tokenizer.encode(probe_text, False),
-        "prefix_ids": prefix,
     }
-    write_stream(Path(job.out), np.asarray(ids, np.int64), described)
 
 
 def decode(job: DecodeJob, emit: Callable[..., None]) -> None:
@@ -89,7 +140,7 @@ def _facts(tokenizer: Tokenizer, ids: list[int], ends: list[int]) -> StreamFacts
 
 
 @contextlib.contextmanager
-def _time_limit(seconds: int) -> Iterator[None]:
+def _time_limit(seconds: int, remedy: str) -> Iterator[None]:
     """Raise ModelError in what takes longer; where Python cannot be interrupted, end the process.
 
     The second limit is a thread of faulthandler's, in C: it needs no lock of Python's.
@@ -108,7 +159,6 @@ def _time_limit(seconds: int) -> Iterator[None]:
         yield
     except _Expired:
         message = f"the chat template took longer than {seconds} s"
-        remedy = 'set "chat_template" to false in the data spec'
         raise ModelError(message, "timeout", remedy) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -14,7 +14,7 @@ from evalq.results.by_position import bucket_name
 from evalq.results.estimate import Estimate
 from evalq.results.metrics import METRICS, Metric
 from evalq.results.paired import PAIR_METRICS, PairMetric
-from evalq.results.record import ResultRecord, require_comparable
+from evalq.results.record import ResultRecord, require_comparable, windows_text
 from evalq.results.verdict import verdict
 from evalq.show.columns import MAJOR, MINOR, Column, markdown_table, print_columns
 from evalq.show.console import say
@@ -203,11 +203,10 @@ def caption(records: Sequence[ResultRecord]) -> str:
     dataset, scored = facts.get("dataset"), facts.get("tokens_scored")
     name = "WikiText-2 raw test" if dataset == "wiki2" else dataset
     count = f"{scored:,}" if isinstance(scored, int) else scored
-    windows = f"{facts.get('windows')} windows of {facts.get('eval_len')} tokens"
-    return (
-        f"{name}, protocol {facts.get('protocol')}, {windows}, stride {facts.get('eval_stride')}, "
-        f"{count} tokens scored"
-    )
+    protocol, stride = facts.get("protocol"), f", stride {facts.get('eval_stride')}"
+    if protocol == "chat":
+        return f"{name}, protocol chat, {windows_text(facts)}, {count} tokens of the assistant scored"
+    return f"{name}, protocol {protocol}, {windows_text(facts)}{stride}, {count} tokens scored"
 
 
 def explanations(table: Shown, columns: Sequence[Column[ResultRecord]]) -> list[str]:

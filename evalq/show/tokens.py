@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from evalq.results.positions import By, Position
-from evalq.results.record import ResultRecord
+from evalq.results.record import ResultRecord, windows_text
 from evalq.show.columns import ALWAYS, MAJOR, MINOR, Column, print_columns
 from evalq.show.console import say
 from evalq.show.numbers import NOTHING, number
@@ -61,8 +61,7 @@ def print_tokens(report: TokensReport, console: Console) -> None:
     """What was compared, the table, what its columns mean."""
     model, reference = report.model.label, report.reference.label
     facts = report.model.comparison
-    windows = f"{facts.get('windows')} windows of {facts.get('eval_len')} tokens"
-    say(console, (f"{model} beside {reference}: {facts.get('dataset')}, {windows}", "dim"))
+    say(console, (f"{model} beside {reference}: {facts.get('dataset')}, {windows_text(facts)}", "dim"))
     console.print()
     print_columns(report.readings, _columns(report), console)
     console.print()

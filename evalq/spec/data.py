@@ -1,15 +1,18 @@
 """What to score on: the text, its tokens and the protocol."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from evalq.spec.base import MOST, Name, PathText, resolve_path
+from evalq.spec.base import MOST, Name, PathText, resolve_path, shown
 from evalq.spec.texts import TextFields
 
 # Window of the GPTQ papers, in tokens.
 _PAPERS_LEN = 2048
+
+# The protocol of conversations, as in `evalq.data.protocols`.
+CHAT = "chat"
 
 
 class DataSpec(TextFields):
@@ -40,6 +43,31 @@ class DataSpec(TextFields):
     display_eval_len: int | None = Field(default=None, description="compare_q's, for its chart; not used")
 
     _base: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _protocol_of_chats(cls, raw: Any) -> Any:
+        """Conversations have a protocol of their own, which need not be named."""
+        if isinstance(raw, dict) and raw.get("format") == "messages" and raw.get("protocol") is None:
+            return raw | {"protocol": CHAT}
+        return raw
+
+    @model_validator(mode="after")
+    def _as_chats(self) -> Self:
+        if self.wrong_protocol is not None:
+            raise ValueError(self.wrong_protocol)
+        if self.format == "messages" and self.chat_template:
+            raise ValueError('format "messages" has whole chats: remove "chat_template"')
+        return self
+
+    @property
+    def wrong_protocol(self) -> str | None:
+        """Why its protocol does not fit what the text is; None where it does."""
+        if self.format == "messages" and self.protocol != CHAT:
+            return f'conversations have protocol "{CHAT}", not "{shown(self.protocol)}": remove it'
+        if self.format == "text" and self.protocol == CHAT:
+            return f'protocol "{CHAT}" is for conversations: set "format": "messages"'
+        return None
 
     @field_validator("max_rows")
     @classmethod

@@ -6,7 +6,7 @@ A new named text is a row of `NAMED_TEXTS`.
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,8 +16,8 @@ from evalq.spec.base import MOST, Name, PathText, Spec
 TABLES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 # Between documents, where neither the data spec nor the named text says otherwise.
 SEPARATOR = "\n\n"
-# The column of a table, where none is named.
-TEXT_COLUMN = "text"
+# The column of a table, where none is named: of texts, and of conversations.
+TEXT_COLUMN, MESSAGES_COLUMN = "text", "messages"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ NAMED_TEXTS: dict[str, NamedText] = {
         "prose in ten languages, ships with evalq", "samples/multilingual.txt", lines=True
     ),
     "sample-code": NamedText("programs in seven languages, ships with evalq", "samples/code"),
-    "sample-chat": NamedText("conversations, ships with evalq", "samples/chat.jsonl", column="messages"),
+    "sample-chat": NamedText("conversations, ships with evalq", "samples/chat.jsonl", column=MESSAGES_COLUMN),
 }
 ALIASES = {"wikitext2": "wiki2"}
 # Any file or folder, and any data set of the hub.
@@ -110,6 +110,11 @@ def is_table(name: str) -> bool:
 
 class TextFields(Spec):
     """What a data spec says about its text."""
+
+    format: Literal["text", "messages"] = Field(
+        default="text",
+        description="\"messages\": conversations by the model's own chat template, scored on the assistant's",
+    )
 
     dataset: Name = Field(
         description='"text": files or a folder; "hub": a data set of the hub; or by name: '
@@ -143,6 +148,16 @@ class TextFields(Spec):
     config: Name | None = Field(default=None, description="of the data set on the hub")
     split: Name | None = Field(default=None, description='of the data set on the hub; default: "test"')
     revision: Name | None = Field(default=None, description="branch, tag or commit of the data set")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format_of_named(cls, raw: Any) -> Any:
+        """A named text knows what it is."""
+        dataset = raw.get("dataset") if isinstance(raw, dict) else None
+        named = NAMED_TEXTS.get(dataset) if isinstance(dataset, str) else None
+        if named is not None and named.column == MESSAGES_COLUMN and raw.get("format") is None:
+            return raw | {"format": "messages"}
+        return raw
 
     @field_validator("dataset")
     @classmethod
@@ -184,6 +199,11 @@ class TextFields(Spec):
         else:
             self._check_named()
         return self
+
+    @property
+    def text_column(self) -> str:
+        """The column of a table that is read."""
+        return self.column or (MESSAGES_COLUMN if self.format == "messages" else TEXT_COLUMN)
 
     @property
     def dataset_name(self) -> str:

@@ -61,6 +61,7 @@ def test_protocol_defaults_are_those_of_the_tools():
         "llama.cpp": (512, None, "file"),
         "lm-eval": (2048, None, "documents"),
         "long": (8192, None, "joined"),
+        "chat": (4096, None, "conversations"),
     }
     assert {name for name, p in PROTOCOLS.items() if p.unit == "word"} == {"lm-eval"}
     assert all(p.source.startswith("https://") and p.help for p in PROTOCOLS.values())
@@ -244,3 +245,31 @@ def test_no_window_crosses_a_document(sizes, longest):
         assert np.searchsorted(ends, window.start, side="right") == np.searchsorted(
             ends, window.end - 1, "right"
         )
+
+
+def masks(n: int):
+    return st.lists(st.booleans(), min_size=n, max_size=n).map(lambda bits: np.array(bits, bool))
+
+
+@given(document_sizes, st.integers(3, 50), st.data())
+def test_chat_scores_what_its_description_says(sizes, longest, data):
+    """By hand: a document a window from its start, cut at L, first target to last that count."""
+    mask = data.draw(masks(sum(sizes)))
+    expected, counted, begin = [], [], 0
+    for size in sizes:
+        end = begin + min(size, longest)
+        places = [t for t in range(begin + 1, end) if mask[t]]
+        if places:
+            targets = range(places[0], places[-1] + 1)
+            expected += [(t, list(range(begin, t))) for t in targets]
+            counted += [bool(mask[t]) for t in targets]
+        begin += size
+    if not expected:
+        with pytest.raises(DataError, match="no token to score|text has"):
+            documents_plan(sizes, longest, "chat", mask)
+        return
+    built = documents_plan(sizes, longest, "chat", mask)
+    assert scored(built, sum(sizes)) == expected
+    assert built.n_counted == sum(counted) and built.n_targets == len(counted)
+    assert (np.ones(len(counted), bool) if built.mask is None else built.mask).tolist() == counted
+    assert not built.overlapping and np.unique(built.cluster_of).size == len(built.windows)

@@ -59,7 +59,7 @@ def test_the_file_and_its_rows_give_each_other_back(rows):
 
 
 def test_every_protocols_text_has_a_builder():
-    assert {protocol.text for protocol in PROTOCOLS.values()} == set(BUILDERS)
+    assert {protocol.text for protocol in PROTOCOLS.values()} - {"conversations"} == set(BUILDERS)
 
 
 def test_builders_by_hand():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from window_cases import (
     BOS,
+    DOCUMENT_PROTOCOLS,
     EOS,
     STREAM_PROTOCOLS,
     document_sizes,
@@ -39,9 +40,9 @@ def plans(draw) -> tuple[WindowPlan, int]:
     """A plan of any protocol with any BOS policy, and its N."""
     name = draw(st.sampled_from(list(PROTOCOLS)))
     length = draw(st.integers(3, 12))
-    if name == "lm-eval":
-        sizes = draw(document_sizes)
-        return documents_plan(sizes, length), sum(sizes)
+    if name in DOCUMENT_PROTOCOLS:
+        sizes = draw(document_sizes.filter(lambda sizes: max(sizes) > 1))
+        return documents_plan(sizes, length, name), sum(sizes)
     n = draw(st.integers(2 * length, 80))
     free = name in ("exllamav3", "qbench", "hf-strided")
     stride = draw(st.integers(1, length)) if free else None
@@ -272,3 +273,37 @@ def test_qbench_refuses_fewer_windows_than_asked_for():
 def test_batches_of_nothing_are_refused():
     with pytest.raises(SpecError, match="batch_windows is 0"):
         plan("gptq", 100, 8).batches(0)
+
+
+# --- which targets count ------------------------------------------------------------------------------------
+
+
+def test_a_mask_is_part_of_the_digest_only_where_it_leaves_targets_out():
+    """Digests of plans without one are those of every store there is."""
+    sizes, mask = [6, 5], np.ones(11, bool)
+    whole = documents_plan(sizes, 10, "chat")
+    assert whole.digest == documents_plan(sizes, 10, "chat", mask).digest
+    assert documents_plan(sizes, 10, "chat", mask).mask is None
+    middle = mask.copy()
+    middle[3] = False
+    masked = documents_plan(sizes, 10, "chat", middle)
+    assert masked.windows == whole.windows and masked.digest != whole.digest
+    assert (masked.n_targets, masked.n_counted) == (9, 8) and masked.mask_digest and not whole.mask_digest
+    assert masked.cluster_of.tolist() == [0] * 4 + [1] * 4
+    other = mask.copy()
+    other[2] = False
+    assert documents_plan(sizes, 10, "chat", other).digest != masked.digest
+
+
+def test_a_window_without_a_target_that_counts_is_none_of_the_rows():
+    mask = np.array([0, 0, 0, 0, 1, 0, 0, 0, 1], bool)
+    built = documents_plan([3, 3, 3], 3, "chat", mask, max_rows=1)
+    assert [(w.start, w.end, w.score_from) for w in built.windows] == [(3, 5, 4)]
+    with pytest.raises(DataError, match="no token to score"):
+        documents_plan([3, 3, 3], 3, "chat", np.array([1, 0, 0] * 3, bool))
+
+
+@pytest.mark.parametrize("settings", [{"bos": "never"}, {"bos": "every_window"}, {"prefix_ids": (1,)}])
+def test_a_chat_begins_as_its_template_wrote_it(settings):
+    with pytest.raises(SpecError, match="chat puts its own prefix"):
+        documents_plan([6, 6], 6, "chat", **settings)

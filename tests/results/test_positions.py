@@ -1,5 +1,6 @@
 """Positions that diverge most: which, in what order, and where they lie in the text."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -102,3 +103,14 @@ def test_results_that_do_not_fit_are_refused() -> None:
     crooked = TokenColumns(columns(plan).columns, plan.window_of[::-1].copy(), windows=plan.table)
     with pytest.raises(StoreError, match="contradict"):
         most_diverging(crooked, columns(plan), IDS, "delta_p", 1)
+
+
+def test_places_of_tokens_that_count_are_those_in_the_text() -> None:
+    plan = plan_of()
+    mask = np.zeros(plan.n_targets, bool)
+    mask[[3, 7, 99, plan.n_targets - 1]] = True
+    mine = replace(changed(plan, {7: -5.0, 50: -9.0, plan.n_targets - 1: -3.0}), mask=mask).counted
+    theirs = replace(columns(plan), mask=mask).counted
+    found = most_diverging(mine, theirs, IDS, "ln_ratio", 2)
+    assert [one.position for one in found] == [8, 399]
+    assert [one.token for one in found] == [1008, 1399] and found[0].before == tuple(range(1000, 1008))

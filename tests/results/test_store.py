@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from evalq.data.windows import Window, WindowPlan
 from evalq.errors import StoreError
 from evalq.files import read_json, write_atomic, write_json
+from evalq.results.reference import clusters_of
 from evalq.results.store import ResultDir, Store, key_of
 from evalq.results.tokens import Part, Timing
 
@@ -236,3 +237,35 @@ def test_store_that_is_a_file(tmp_path: Path) -> None:
 def test_broken_json_reads_as_missing(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"half": ')
     assert read_json(tmp_path / "x.json") is None and read_json(tmp_path / "none.json") is None
+
+
+def test_figures_see_the_tokens_that_count_and_the_store_keeps_every_target(tmp_path: Path) -> None:
+    mask = np.array([True, False, True] + [False, True, True] * 3)
+    plan = WindowPlan("chat", PLAN.windows, (), mask)
+    result = ResultDir(tmp_path / "results" / "r")
+    part(result, 0, 1, 2, 3, plan=plan)
+    result.finish(result.held(plan), {})
+    found, every = result.scores(), result.every_target()
+    assert found is not None and every is not None
+    assert found.belongs_to(plan) and every.belongs_to(plan) and not every.belongs_to(PLAN)
+    assert result.answers(plan, ["logprob"])
+    assert every.columns["logprob"].size == 12 and found.columns["logprob"].size == 8
+    assert np.array_equal(found.columns["logprob"], every.columns["logprob"][mask])
+    assert np.array_equal(found.window_of, plan.window_of[mask])
+    assert np.array_equal(clusters_of(found), plan.cluster_of)
+    assert not result.held(plan).missing(["logprob"]), "a plan without a mask shares its windows' scores"
+
+
+def test_a_mask_that_contradicts_the_windows_makes_a_file_unreadable(tmp_path: Path) -> None:
+    plan = WindowPlan("chat", PLAN.windows, (), np.arange(12) % 2 == 0)
+    result = ResultDir(tmp_path / "results" / "r")
+    part(result, 0, 1, 2, 3, plan=plan)
+    result.finish(result.held(plan), {})
+    file = result.path / "scores.safetensors"
+    with safe_open(file, framework="numpy") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file(tensors | {"mask": tensors["mask"][:-1]}, file, metadata)
+    assert result.scores() is None
+    save_file(tensors | {"windows": tensors["windows"][:-1]}, file, metadata)
+    assert result.scores() is None

@@ -20,18 +20,18 @@ ENDLESS += "{% endfor %}"
 
 def test_what_takes_longer_than_the_limit_is_stopped_and_what_does_not_is_left_alone() -> None:
     with pytest.raises(ModelError, match='longer than 1 s.*"chat_template" to false') as caught:
-        with tokenizing._time_limit(1):
+        with tokenizing._time_limit(1, 'set "chat_template" to false'):
             while True:
                 pass
     assert caught.value.category == "timeout"
-    with tokenizing._time_limit(5):
+    with tokenizing._time_limit(5, ""):
         found = 7
     assert found == 7
 
 
 def test_a_limit_is_not_caught_by_who_tries_one_template_after_another() -> None:
     tries = 0
-    with pytest.raises(ModelError), tokenizing._time_limit(1):
+    with pytest.raises(ModelError), tokenizing._time_limit(1, ""):
         for _ in range(2):
             tries += 1
             try:

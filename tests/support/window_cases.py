@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from evalq.data.windows import PROTOCOLS, ProtocolSettings, StreamFacts, WindowPlan, plan_windows
 
 BOS, EOS = 9001, 9002
-STREAM_PROTOCOLS = [name for name in PROTOCOLS if name != "lm-eval"]
+DOCUMENT_PROTOCOLS = ("lm-eval", "chat")
+STREAM_PROTOCOLS = [name for name in PROTOCOLS if name not in DOCUMENT_PROTOCOLS]
 # SmolLM2's tokenizer on the WikiText-2 test split: rows joined, and the file's own text.
 JOINED_N, FILE_N = 304_986, 303_415
 
@@ -23,9 +24,11 @@ def plan(name: str, n: int, length: int, stride: int | None = None, **settings) 
     return plan_windows(ProtocolSettings(name, length, stride, **settings), facts(n))
 
 
-def documents_plan(sizes: list[int], longest: int, **settings) -> WindowPlan:
+def documents_plan(
+    sizes: list[int], longest: int, name: str = "lm-eval", mask: np.ndarray | None = None, **settings
+) -> WindowPlan:
     ends = tuple(int(end) for end in np.cumsum(sizes))
-    return plan_windows(ProtocolSettings("lm-eval", longest, **settings), facts(ends[-1], ends))
+    return plan_windows(ProtocolSettings(name, longest, **settings), facts(ends[-1], ends), mask)
 
 
 def inputs(plan: WindowPlan, n: int) -> list[list[int]]:
