@@ -252,7 +252,7 @@ def test_figures_see_the_tokens_that_count_and_the_store_keeps_every_target(tmp_
     assert every.columns["logprob"].size == 12 and found.columns["logprob"].size == 8
     assert np.array_equal(found.columns["logprob"], every.columns["logprob"][mask])
     assert np.array_equal(found.window_of, plan.window_of[mask])
-    assert np.array_equal(clusters_of(found), plan.cluster_of)
+    assert np.array_equal(clusters_of(found, "chat"), plan.cluster_of)
     assert not result.held(plan).missing(["logprob"]), "a plan without a mask shares its windows' scores"
 
 
