@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from evalq.spec.base import MOST, Name, PathText, resolve_path, shown
-from evalq.spec.texts import TextFields
+from evalq.spec.texts import TextFields, holds_messages
 
 # Window of the GPTQ papers, in tokens.
 _PAPERS_LEN = 2048
@@ -48,8 +48,12 @@ class DataSpec(TextFields):
     @classmethod
     def _protocol_of_chats(cls, raw: Any) -> Any:
         """Conversations have a protocol of their own, which need not be named."""
-        if isinstance(raw, dict) and raw.get("format") == "messages" and raw.get("protocol") is None:
-            return raw | {"protocol": CHAT}
+        if not isinstance(raw, dict):
+            return raw
+        if raw.get("format") is None and holds_messages(raw.get("dataset")):
+            raw = raw | {"format": "messages"}
+        if raw.get("format") == "messages" and raw.get("protocol") is None:
+            raw = raw | {"protocol": CHAT}
         return raw
 
     @model_validator(mode="after")

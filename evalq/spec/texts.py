@@ -6,7 +6,7 @@ A new named text is a row of `NAMED_TEXTS`.
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -103,6 +103,12 @@ TEXT, HUB = "text", "hub"
 DATASETS = (*NAMED_TEXTS, *ALIASES, TEXT, HUB)
 
 
+def holds_messages(dataset: object) -> bool:
+    """Whether that is the name of a text of conversations."""
+    named = NAMED_TEXTS.get(dataset) if isinstance(dataset, str) else None
+    return named is not None and named.column == MESSAGES_COLUMN
+
+
 def is_table(name: str) -> bool:
     """Whether a file of this name holds rows."""
     return name.lower().endswith(TABLES)
@@ -148,16 +154,6 @@ class TextFields(Spec):
     config: Name | None = Field(default=None, description="of the data set on the hub")
     split: Name | None = Field(default=None, description='of the data set on the hub; default: "test"')
     revision: Name | None = Field(default=None, description="branch, tag or commit of the data set")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _format_of_named(cls, raw: Any) -> Any:
-        """A named text knows what it is."""
-        dataset = raw.get("dataset") if isinstance(raw, dict) else None
-        named = NAMED_TEXTS.get(dataset) if isinstance(dataset, str) else None
-        if named is not None and named.column == MESSAGES_COLUMN and raw.get("format") is None:
-            return raw | {"format": "messages"}
-        return raw
 
     @field_validator("dataset")
     @classmethod
