@@ -1,15 +1,16 @@
 """What stands on the y axis: the protocol's own perplexity, or the mean KL divergence from the reference.
 
-A KL divergence that is a lower bound is another quantity and is never drawn on the axis of the exact one.
+Means over several texts are in `evalq.plots.over_texts`. A KL divergence that is a lower bound is another
+quantity and is never drawn on the axis of the exact one.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from evalq.engine.columns import KLD_BOUND
-from evalq.results.floor import kld_of
-from evalq.results.record import ResultRecord
+from evalq.results.floor import at_floor, kld_of
+from evalq.results.record import Floor, ResultRecord
 
 FARTHEST = 10_000.0  # times the best perplexity: a broken model must not press the others into one line
 LONGEST_BAR = 3.0  # times the value, as far as an axis follows an error bar
@@ -30,6 +31,13 @@ class Quantity:
         number: a value as the chart writes it.
         log_above: the axis is logarithmic where the largest is more than so many times the smallest.
         farthest: models so many times worse than the best are named instead of drawn.
+        values: what its values are called.
+        axis: what the axis may be called, the longest first, by the label of the reference (None without) and
+            what perplexities are per.
+        divergence: it is a distance from the reference, so that the reference itself has no point, engines
+            have floors and bars are 95% intervals.
+        floor: y of an engine's floor; None where it is not known.
+        at_floor: whether a record, among the others, is at or below its engine's floor.
     """
 
     name: str
@@ -40,6 +48,11 @@ class Quantity:
     number: Callable[[float], str]
     log_above: float
     farthest: float
+    values: str
+    axis: Callable[[str | None, str], list[str]]
+    divergence: bool = False
+    floor: Callable[[Floor], float | None] = lambda floor: floor.kld.value
+    at_floor: Callable[[ResultRecord, Sequence[ResultRecord]], bool] = at_floor
 
 
 def number(value: float) -> str:
@@ -108,8 +121,23 @@ def _kld_bar(record: ResultRecord) -> Bar | None:
     return max(ends[0], found.value / FARTHEST), min(ends[1], FARTHEST * found.value)
 
 
+def kld_axis(reference: str | None, of_texts: str = "") -> list[str]:
+    """Names of an axis of mean KL divergence, the longest first; `of_texts` stands before the unit."""
+    unit = f"({of_texts}nats per token)"
+    return [
+        f"mean KL divergence from {reference or 'the reference'} {unit}",
+        f"mean KLD from {reference or 'the reference'} {unit}",
+        f"mean KL divergence {unit}",
+        f"mean KLD {unit}",
+    ]
+
+
 PPL = Quantity(
-    "ppl", "Perplexity", lambda record: record.headline_ppl, _no_perplexity, _ppl_bar, number, 8.0, FARTHEST
-)
-KLD = Quantity("kld", "KL divergence", _kld_value, _no_kld, _kld_bar, kld_number, 10.0, math.inf)
+    "ppl", "Perplexity", lambda record: record.headline_ppl, _no_perplexity, _ppl_bar, number, 8.0, FARTHEST,
+    "perplexities", lambda reference, per: [f"perplexity per {per}"],
+)  # fmt: skip
+KLD = Quantity(
+    "kld", "KL divergence", _kld_value, _no_kld, _kld_bar, kld_number, 10.0, math.inf,
+    "KL divergences", lambda reference, per: kld_axis(reference), divergence=True,
+)  # fmt: skip
 QUANTITIES = {one.name: one for one in (PPL, KLD)}

@@ -3,26 +3,28 @@
 A dotted line joins the points of a group. With perplexities a thin horizontal line marks that of each
 unquantized model and of the run's reference, and bars are one standard error. With KL divergence the
 reference has no point, a dashed line marks each engine's floor, points at or below their floor are hollow,
-and bars are 95% intervals. Lower left is better: fewer bits and less lost.
+and bars are 95% intervals. Lower left is better: fewer bits and less lost. The chart of several texts shows
+their means (`evalq.plots.over_texts`).
 """
 
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from evalq.plots import style
+from evalq.plots import over_texts, style
 from evalq.plots.annotate import Tag, write_tags
 from evalq.plots.axes import dress, frame
 from evalq.plots.geometry import Floats
 from evalq.plots.output import save, show
 from evalq.plots.page import MARGIN_PT, Page, quiet_glyphs
-from evalq.plots.quantity import KLD, LONGEST_BAR
+from evalq.plots.quantity import LONGEST_BAR
 from evalq.plots.selection import Axis, ChartOptions, FloorLine, Selection, Series, printable, select
 from evalq.plots.surround import write_footer, write_header
 from evalq.plots.ticks import Scale, scale, wants_log
 from evalq.results.record import ResultRecord
+from evalq.results.texts import ByText
 
-__all__ = ["Axis", "ChartOptions", "draw", "save", "show"]
+__all__ = ["Axis", "ChartOptions", "draw", "draw_means", "save", "show"]
 
 MIN_AXES_PT = 150.0
 X_TITLES = {"bpw": "bits per weight", "vram": "VRAM"}
@@ -40,10 +42,31 @@ def draw(records: Sequence[ResultRecord], options: ChartOptions) -> Figure:
         NotComparable: the perplexities measure different things.
         SpecError: nothing to draw.
     """
-    chosen = select(records, options)
+    return _draw(records, options, select(records, options), None)
+
+
+def draw_means(found: ByText, options: ChartOptions) -> Figure:
+    """Draw what models show over several texts: the mean ratio to the reference, or the mean KLD.
+
+    Args:
+        found: the records of the texts.
+        options: axis, limits, looks.
+
+    Raises:
+        SpecError: nothing to draw.
+    """
+    records = found.texts[found.names[0]]
+    chosen = select(records, options, over_texts.quantity_of(found, options.y))
+    return _draw(records, options, chosen, over_texts.facts(found))
+
+
+def _draw(
+    records: Sequence[ResultRecord], options: ChartOptions, chosen: Selection, facts: list[str] | None
+) -> Figure:
+    """`facts` are what the records have in common; None reads it from them."""
     series = _series(chosen, style.theme(options.dark))
     with quiet_glyphs():
-        page, low, high = _page(records, chosen, options, series)
+        page, low, high = _page(records, chosen, options, series, facts)
         x_scale, y_scale = _scales(chosen)
         dress(frame(page, (low, high), y_scale), page.look, x_scale, y_scale)
         y_labels = _y_labels(chosen) if options.y_label is None else [options.y_label]
@@ -85,7 +108,11 @@ def _scales(chosen: Selection) -> tuple[Scale, Scale]:
 
 
 def _page(
-    records: Sequence[ResultRecord], chosen: Selection, options: ChartOptions, series: list[Series]
+    records: Sequence[ResultRecord],
+    chosen: Selection,
+    options: ChartOptions,
+    series: list[Series],
+    facts: list[str] | None,
 ) -> tuple[Page, float, float]:
     """A page with everything that stands round the axes, and the room left between, points."""
     title = options.title
@@ -94,7 +121,7 @@ def _page(
     height = options.height * 72
     while True:
         page = Page(options.width * 72, height, style.theme(options.dark))
-        high = write_header(page, records, title, chosen, [one for one in series if one.points])
+        high = write_header(page, records, title, chosen, [one for one in series if one.points], facts)
         low = write_footer(page, chosen) + 2.6 * style.AXIS_LABEL_PT + style.TICK_PT
         if high - low >= MIN_AXES_PT:
             return page, low, high
@@ -103,14 +130,8 @@ def _page(
 
 def _y_labels(chosen: Selection) -> list[str]:
     """What the y axis may be called, the longest first."""
-    if chosen.quantity is not KLD:
-        return [f"perplexity per {chosen.per}"]
-    reference = printable(chosen.against or "the reference", 60)
-    unit = "(nats per token)"
-    return [
-        f"mean KL divergence from {reference} {unit}", f"mean KLD from {reference} {unit}",
-        f"mean KL divergence {unit}", f"mean KLD {unit}",
-    ]  # fmt: skip
+    against = None if chosen.against is None else printable(chosen.against, 60)
+    return chosen.quantity.axis(against, chosen.per)
 
 
 def _name_axes(page: Page, x_label: str, y_labels: list[str]) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from evalq.errors import SpecError
-from evalq.plots.quantity import KLD, QUANTITIES, Bar, Quantity, number
+from evalq.plots.quantity import QUANTITIES, Bar, Quantity, number
 from evalq.plots.style import usable
-from evalq.results.floor import at_floor, engine_of, floors, is_noise
+from evalq.results.floor import engine_of, floors, is_noise
 from evalq.results.record import ResultRecord, require_comparable
 from evalq.results.reference import UNQUANTIZED_BPW
 from evalq.show.plain import plain
@@ -182,8 +182,15 @@ def printable(text: str, longest: int) -> str:
     return line if len(line) <= longest else line[: longest - 1].rstrip() + "…"
 
 
-def select(records: Sequence[ResultRecord], options: ChartOptions) -> Selection:
+def select(
+    records: Sequence[ResultRecord], options: ChartOptions, quantity: Quantity | None = None
+) -> Selection:
     """Sort records into drawn, failed and beyond the axes.
+
+    Args:
+        records: of one text.
+        options: axis, limits.
+        quantity: on the y axis; None for the one that the options name.
 
     Raises:
         NotComparable: the records measure different things.
@@ -194,7 +201,7 @@ def select(records: Sequence[ResultRecord], options: ChartOptions) -> Selection:
     require_comparable(list(records))
     against = next((r.against_reference.label for r in records if r.against_reference), None)
     found = Selection(
-        QUANTITIES[options.y],
+        quantity or QUANTITIES[options.y],
         per=records[0].unit,
         against=against,
         quantized_reference=_quantized_reference(records),
@@ -216,18 +223,19 @@ def select(records: Sequence[ResultRecord], options: ChartOptions) -> Selection:
         left_out = ", ".join((found.failed + found.beyond)[:5]) or "there is nothing beside the reference"
         remedy = "see why each model failed in the table"
         if found.beyond:
-            what = "KL divergences" if found.quantity is KLD else "perplexities"
-            largest = f"{what} to {LARGEST_Y:.0e} and {options.x} to {LARGEST_X:.0e} can be drawn"
+            largest = (
+                f"{found.quantity.values} to {LARGEST_Y:.0e} and {options.x} to {LARGEST_X:.0e} can be drawn"
+            )
             remedy = largest if options.max_x is options.max_y is None else "raise max_x or max_y"
         raise SpecError(f"nothing to draw: {left_out}", remedy)
-    if found.quantity is KLD:
+    if found.quantity.divergence:
         _add_floors(records, found)
     return replace(found, stderr_is_lower_bound=lower_bound)
 
 
 def _labels_of_lines(records: Sequence[ResultRecord], found: Selection) -> set[str]:
     """Models without a point on the axis of KL divergence: the reference, which has none, and floors."""
-    if found.quantity is not KLD:
+    if not found.quantity.divergence:
         return set()
     labels = {one.floor.label for one in floors(records) if one.floor is not None}
     labels |= {r.label for r in records if is_noise(r) and r.status == "ok"}
@@ -239,10 +247,10 @@ def _add_floors(records: Sequence[ResultRecord], found: Selection) -> None:
     lowest = min(point.y for point in found.points)
     for one in floors(records):
         engine = printable(one.engine, NAME_CHARACTERS)
-        if one.floor is None:
+        y = None if one.floor is None else found.quantity.floor(one.floor)
+        if one.floor is None or y is None:
             found.floors_unknown.append(engine)
             continue
-        y = one.floor.kld.value
         name = f"{engine} ({printable(one.floor.label, NAME_CHARACTERS)}) {found.quantity.number(y)}"
         if not lowest / FLOOR_DEPTH <= y <= LARGEST_Y:
             found.floors_below.append(name)
@@ -309,9 +317,9 @@ def _point(
     assert x is not None and y is not None
     label = printable(record.label, 10 * NAME_CHARACTERS)
     rest = label[len(group) :].strip() if label.startswith(group) else label
-    on_kld = quantity is KLD
+    divergence = quantity.divergence
     marked = _is_unquantized(record) or record.label == found.quantized_reference
-    own_bar = found.against is None or record.against_reference is not None or on_kld
+    own_bar = found.against is None or record.against_reference is not None or divergence
     return Point(
         group=group,
         name=printable(rest or label or "?", NAME_CHARACTERS),
@@ -320,8 +328,8 @@ def _point(
         value=quantity.number(y),
         bar=quantity.bar(record) if own_bar else None,
         color=usable(record.color),
-        has_line=marked and not on_kld,
-        hollow=on_kld and at_floor(record, records),
+        has_line=marked and not divergence,
+        hollow=divergence and quantity.at_floor(record, records),
     )
 
 

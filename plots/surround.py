@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from evalq.plots.page import LEADING, MARGIN_PT, Page
-from evalq.plots.quantity import KLD
 from evalq.plots.selection import Selection, Series, printable
 from evalq.plots.style import NOTE_PT, SUBTITLE_PT, TITLE_PT
 from evalq.results.floor import engine_of
@@ -14,9 +13,23 @@ DATASETS = {"wiki2": "WikiText-2 test", "sample": "evalq sample text", "text": "
 
 
 def write_header(
-    page: Page, records: Sequence[ResultRecord], title: str, chosen: Selection, series: Sequence[Series]
+    page: Page,
+    records: Sequence[ResultRecord],
+    title: str,
+    chosen: Selection,
+    series: Sequence[Series],
+    facts: Sequence[str] | None = None,
 ) -> float:
-    """Write title, subtitle and legend from the top; returns where the axes may begin, points."""
+    """Write title, subtitle and legend from the top; returns where the axes may begin, points.
+
+    Args:
+        page: to write on.
+        records: that are drawn.
+        title: "" for none.
+        chosen: what is drawn of them.
+        series: those in the legend.
+        facts: what the records have in common; None reads it from them.
+    """
     room = page.width - 2 * MARGIN_PT
     y = page.height - MARGIN_PT + 3
     heading = printable(title, 300)
@@ -24,8 +37,8 @@ def write_header(
         fits = page.measure(heading, TITLE_PT, "bold")[0] <= room
         size = TITLE_PT if fits else 0.8 * TITLE_PT
         y = page.paragraph(y, [page.shorten(heading, room, size, "bold")], size, page.look.ink, weight="bold")
-    facts = compared(records)
-    if chosen.quantity is KLD and chosen.against is not None:
+    facts = list(compared(records) if facts is None else facts)
+    if chosen.quantity.divergence and chosen.against is not None:
         facts.append(_reference(records, chosen.against))
     if len(series) == 1 and any(point.name != point.group for point in series[0].points):
         facts.insert(0, series[0].name)
@@ -60,7 +73,7 @@ def _bars(chosen: Selection) -> str:
     if not any(point.bar for point in chosen.points):
         return ""
     bound = ", a lower bound because windows overlap" if chosen.stderr_is_lower_bound else ""
-    if chosen.quantity is KLD:
+    if chosen.quantity.divergence:
         return f"bars: 95% intervals{bound}"
     what = f" of the difference to {printable(chosen.against, 60)}" if chosen.against else ""
     return f"bars: ±1 standard error{what}{bound}"
