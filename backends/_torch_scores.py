@@ -97,5 +97,14 @@ def peak_memory_fn(device: Any) -> Callable[[], int] | None:
 
     if device.type != "cuda":
         return None
-    torch.cuda.reset_peak_memory_stats()
+    reset_peak_memory()
     return lambda: sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+
+
+def reset_peak_memory() -> None:
+    """Begin to count anew on all CUDA devices; nothing where there are none."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for i in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(i)

@@ -28,7 +28,7 @@ from evalq.backends._exl3_run import (
 from evalq.backends._exl3_tokenizer import TOKENIZER_FILE, load_tokenizer
 from evalq.backends._tokenize import tokenize_fn
 from evalq.backends._torch_reference import TorchReference, find_weight, makes_again, reference_notes
-from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, to_arrays
+from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, reset_peak_memory, to_arrays
 from evalq.checkpoint.adapter import Adapter
 from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Option, Scores, Tokenizer
 from evalq.engine.columns import REFERENCE_ROWS
@@ -156,6 +156,7 @@ def _load(request: LoadRequest) -> LoadedModel:
         batch_windows=batch_windows,
         tokenize=tokenize_fn(request, load_tokenizer, (TOKENIZER_FILE,)),
         peak_memory_bytes=peak_memory_fn(device),
+        reset_peak_memory=reset_peak_memory,
         versions={"cuda": str(torch.version.cuda)},
         notes=notes,
         warm_up=not streaming,

@@ -35,7 +35,7 @@ from evalq.backends._torch_reference import (
     reference_notes,
     rows_of,
 )
-from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, score_rows, to_arrays
+from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, reset_peak_memory, score_rows, to_arrays
 from evalq.checkpoint.adapter import FEATURES, Adapter
 from evalq.engine.backend import (
     LAYER_NOISE,
@@ -209,6 +209,7 @@ def _load(request: LoadRequest) -> LoadedModel:
         batch_windows=options.get("batch_windows", at_once),
         tokenize=tokenize_fn(request, load_tokenizer),
         peak_memory_bytes=peak_memory_fn(first),
+        reset_peak_memory=reset_peak_memory,
         versions=_versions(on_cpu),
         notes=notes,
         warm_up=not on_cpu,

@@ -179,6 +179,8 @@ class LoadedModel:
             Checked against the data spec's tokenizer before anything is scored.
         peak_memory_bytes: most accelerator memory allocated since load() returned; None measures the
             process's resident memory instead.
+        reset_peak_memory: counts it from now on; called before each text. None where that cannot be, so that
+            the peak of a text is that of those before it too.
         versions: what did the work, beyond the backend's distributions ({"cuda": "13.0"}).
         notes: what a reader of the result should know (numerics other than the format's, engine warnings).
         memory: what the engine says it uses, GiB ("weights_gib", "kv_cache_gib") or as the name says.
@@ -199,6 +201,7 @@ class LoadedModel:
     batch_windows: int = 1
     tokenize: Callable[[str], list[int]] | None = None
     peak_memory_bytes: Callable[[], int] | None = None
+    reset_peak_memory: Callable[[], None] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     memory: dict[str, float] = field(default_factory=dict)

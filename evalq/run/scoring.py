@@ -205,6 +205,8 @@ def _score_text(job: ScoreJob, text: _Text, loaded: _Loaded, emit: Emit) -> None
     columns = given_columns(scorer, model, text.job.columns)
     beside = text.beside.ready(model, text.plan)
     reset_peak()
+    if model.reset_peak_memory is not None:
+        model.reset_peak_memory()
     work = _Work(text.result, scorer, model, text.plan, text.stream, columns, beside, _options_text(job))
     held = work.carry_out(emit)
     _require_same_engine(job)

@@ -27,6 +27,7 @@ from evalq.run.prepare_data import PreparedData
 from evalq.run.prepare_model import PreparedModel, Unprepared
 from evalq.run.process import Event, RunSettings, WorkerSettings, run_worker
 from evalq.run.reuse import reuse
+from evalq.run.steps import step_tokens
 
 # Another process may remove a result (-cc) between its last window and its record.
 _TRIES = 5
@@ -234,7 +235,7 @@ def _score(
 ) -> dict[str, ModelError]:
     """Score texts; why some could not be, by name."""
     failures: dict[str, ModelError] = {}
-    for group in _by_head(texts):
+    for group in _groups(texts):
         job = _job(model, [text.job for text in group], settings)
         log = group[0].result.path / "worker.log"
         worker = WorkerSettings(model.python, settings.timeout_seconds, settings.offline, log)
@@ -242,24 +243,34 @@ def _score(
     return failures
 
 
-def _by_head(texts: Sequence[_Text]) -> list[list[_Text]]:
-    """Texts that one worker can score: it is given one head of the reference.
+def _groups(texts: Sequence[_Text]) -> list[list[_Text]]:
+    """Texts that one worker can score as they would be scored alone; nearly always all of them.
 
-    A reference has the same head on every text, unless it was scored on one of them before its files changed.
+    A worker is given one head of the reference, which is the same on every text unless the reference's files
+    changed after it was scored on one of them. And it takes windows in steps of one size: a protocol without
+    steps goes apart from one with them where its own windows are longer than that.
     """
-    groups: dict[str, list[_Text]] = {}
-    without = []
+    heads = {text.name: _head_of(text) for text in texts}
+    first = next((head for head in heads.values() if head is not None), None)
+    options = texts[0].model.engine.options
+    together = step_tokens(options, [text.data.plan for text in texts])
+
+    def in_one_pass(text: _Text) -> bool:
+        inputs = text.data.plan.longest_tokens - 1
+        return (
+            together is not None and inputs > together and step_tokens(options, [text.data.plan]) != together
+        )
+
+    groups: dict[tuple[str | None, bool], list[_Text]] = {}
     for text in texts:
-        head = None if text.asked.kept is None else text.asked.kept.head()
-        if head is None:
-            without.append(text)
-        else:
-            groups.setdefault(head.digest, []).append(text)
-    if not groups:
-        return [without]
-    first, *others = groups.values()
-    together = {text.name for text in (*first, *without)}
-    return [[text for text in texts if text.name in together], *others]
+        groups.setdefault((heads[text.name] or first, in_one_pass(text)), []).append(text)
+    return list(groups.values())
+
+
+def _head_of(text: _Text) -> str | None:
+    """Digest of the head of the reference that it is compared with; None without."""
+    head = None if text.asked.kept is None else text.asked.kept.head()
+    return None if head is None else head.digest
 
 
 def _job(model: PreparedModel, texts: Sequence[TextJob], settings: RunSettings) -> ScoreJob:

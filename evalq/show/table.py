@@ -138,11 +138,14 @@ def _cache_columns(records: Sequence[ResultRecord]) -> list[Column[ResultRecord]
     """Bits of the KV cache, where some model's is not the engine's own."""
     if all(record.kv_cache is None for record in records):
         return []
-    text = "bits per element of the KV cache, scales included; (keys/values) where they differ"
-    return [Column("KV bits", _cache_bits, MAJOR, right=True, help=text)]
+    return [Column("KV bits", cache_bits, MAJOR, right=True, help=CACHE_HELP)]
 
 
-def _cache_bits(record: ResultRecord) -> str:
+CACHE_HELP = "bits per element of the KV cache, scales included; (keys/values) where they differ"
+
+
+def cache_bits(record: ResultRecord) -> str:
+    """Those of a model's KV cache."""
     k, v = record.kv_bits_k, record.kv_bits_v
     apart = f" ({k:g}/{v:g})" if k is not None and v is not None and k != v else ""
     return NOTHING if record.kv_bits is None else f"{record.kv_bits:g}{apart}"

@@ -123,6 +123,8 @@ def columns(shown: TextsTable) -> list[Column[_Row]]:
         Column[_Row]("bpw", lambda row: number(row.known("layer_bpw"), 3), MAJOR, right=True),
         Column[_Row]("GiB", lambda row: number(row.known("vram_gb"), 3), MINOR, right=True),
     ]
+    if any(row.known("kv_cache") for row in shown.rows):
+        found.append(Column("KV bits", _cache_bits, MAJOR, right=True, help=table.CACHE_HELP))
     for i, name in enumerate(shown.found.names):
         per = table.unit(shown.found.texts[name])
         found += [
@@ -192,6 +194,11 @@ def _mean_kld(mean: MeanOverTexts) -> str:
 
 def _nats(found: Estimate) -> str:
     return estimate(found.value, found.stderr, digits_for(found.value, _KLD_DIGITS))
+
+
+def _cache_bits(row: _Row) -> str:
+    """Of a record that was scored: one that failed may not know what its engine takes."""
+    return table.cache_bits(next((r for r in row.records if r.kv_bits is not None), row.records[0]))
 
 
 def _ppl(record: ResultRecord) -> str:

@@ -195,3 +195,14 @@ def test_notes_of_one_text_do_not_reach_the_next(runs: Runs) -> None:
     _, (first, second) = runs.compare(data, runs.models({"options": once}))
     assert not any("half as much" in note for note in first["notes"])
     assert any("half as much" in note for note in second["notes"])
+
+
+def test_long_windows_go_apart_from_those_that_are_scored_in_steps(runs: Runs, heard: Heard) -> None:
+    long = runs.data("long.json", protocol="long", eval_len=10_000, eval_stride=None, max_rows=1)
+    whole = runs.data("whole.json", eval_len=9_000, eval_stride=9_000, max_rows=1)
+    short, models = texts(runs, 64), runs.models({})
+    code, records = runs.compare([long, whole, *short], models)
+    assert code == 0 and [len(job.texts) for job in heard.jobs] == [2, 1]
+    assert [r["comparison"]["eval_len"] for r in records] == [10_000, 9_000, 64]
+    runs.compare([long, *short], models, more=("-cc",))
+    assert [len(job.texts) for job in heard.jobs[2:]] == [2], "short windows are not split by steps"
