@@ -6,6 +6,7 @@ On a terminal, as Markdown, as CSV and as JSON; the table of one text is `evalq.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
@@ -29,6 +30,7 @@ from evalq.show.speed import speed_columns
 
 MEAN = "mean ratio"
 _KLD_DIGITS = 5
+_NAME_CHARACTERS = 9  # as wide as what stands over it, PPL/token
 
 
 @dataclass(frozen=True)
@@ -128,16 +130,22 @@ def columns(shown: TextsTable) -> list[Column[_Row]]:
     for i, name in enumerate(shown.found.names):
         per = table.unit(shown.found.texts[name])
         found += [
-            _column(i, f"PPL/{per}\n{name}", _ppl, MAJOR, f"PPL per {per}, {name}"),
-            _column(i, f"±\n{name}", _stderr, MINOR + 2, f"± {name}"),
+            _column(i, f"PPL/{per}\n{_lines(name)}", _ppl, MAJOR, f"PPL per {per}, {name}"),
+            _column(i, f"±\n{_lines(name)}", _stderr, MINOR + 2, f"± {name}"),
         ]
         if any(row.records[i].against_reference for row in shown.rows):
-            found.append(_column(i, f"change\n{name}", table.change_cell, MINOR + 1, f"change, {name}"))
+            header = f"change\n{_lines(name)}"
+            found.append(_column(i, header, table.change_cell, MINOR + 1, f"change, {name}"))
     found += _mean_column(shown)
     if shown.kld:
         found += _kld_columns(shown)
     found += speed_columns(shown.rows, lambda row: row.known("speed"))
     return [*found, Column("status", partial(_status, shown), MAJOR, style=_status_style)]
+
+
+def _lines(name: str) -> str:
+    """A text's name in a header, in lines where that makes the column narrower."""
+    return "\n".join(wrap(name, _NAME_CHARACTERS, break_long_words=False, break_on_hyphens=False)) or name
 
 
 def _column(
@@ -172,7 +180,7 @@ def _kld_columns(shown: TextsTable) -> list[Column[_Row]]:
             of_text = shown.found.texts[name]
             if any(_paired(record, metric) for record in of_text):
                 text = partial(_kld, metric, of_text)
-                found.append(_column(i, f"{header}\n{name}", text, MAJOR, f"{header}, {name}"))
+                found.append(_column(i, f"{header}\n{_lines(name)}", text, MAJOR, f"{header}, {name}"))
     return found
 
 
