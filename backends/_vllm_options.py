@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from evalq.backends import _vllm_columns
+from evalq.backends._vllm_cache import CACHES, OLDER, most_step_tokens, type_argument
 from evalq.backends._vllm_lora import lora_arguments
-from evalq.engine.backend import LoadRequest, Option
+from evalq.engine.backend import LoadRequest, Option, kv_cache_option
+from evalq.engine.kv_cache import KV_CACHE
 from evalq.errors import ModelError
 
 # Tokens per step: more are faster on a large GPU (3.4 times from 2048 to 16384 with a small model on an
@@ -33,8 +35,11 @@ OPTIONS = {
     "quantization": Option(
         (str,), "method, where the checkpoint does not name it or names it wrongly", numeric=True
     ),
-    "kv_cache_dtype": Option(
-        (str,), "auto (default: the model's), fp8, fp8_e4m3, fp8_e5m2, ...", numeric=True
+    KV_CACHE: kv_cache_option(CACHES),
+    OLDER: Option(
+        (str,),
+        "vLLM's own name of it, for types that kv_cache does not list; no steps",
+        numeric=True,
     ),
     "linear_backend": Option(
         (str,), "kernel family of linear layers; emulation: the format's own numerics", numeric=True
@@ -68,7 +73,7 @@ OPTIONS = {
     "threads": Option((int,), "CPU threads (default: one per core)"),
 }
 # Those that are not engine arguments.
-_OWN = ("threads", "kv_cache_gib")
+_OWN = ("threads", "kv_cache_gib", KV_CACHE)
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,7 @@ def engine_arguments(
     tokens = request.window_tokens
     asked_tokens = options.pop("max_num_batched_tokens", None)
     step_tokens = (asked_tokens or step_tokens_for(hardware, vocab_size)) // request.divide_work
+    step_tokens = most_step_tokens(step_tokens, request)
     fitting = max(1, step_tokens // tokens)
     arguments: dict[str, Any] = {
         **_always(request, hardware.is_cpu),
@@ -151,6 +157,7 @@ def _always(request: LoadRequest, is_cpu: bool) -> dict[str, Any]:
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
         "seed": 0,
+        **type_argument(request.options),
     }
     if "kv_cache_gib" in request.options and not is_cpu:
         arguments["kv_cache_memory_bytes"] = request.options["kv_cache_gib"] * GIB

@@ -3,6 +3,7 @@
 import re
 
 from evalq.backends import _vllm_columns
+from evalq.backends._vllm_cache import OLDER, most_step_tokens, type_argument
 from evalq.backends._vllm_options import Hardware, step_bytes, step_tokens_for, utilization_for
 from evalq.checkpoint.shape import read_shape
 from evalq.engine.backend import LoadRequest, Machine, Prediction
@@ -18,7 +19,8 @@ def predict(request: LoadRequest, machine: Machine) -> Prediction | None:
     gpu = gpu_reported(*min(machine.gpus, key=lambda gpu: gpu[1]))
     options, shape = request.options, read_shape(str(request.path))
     hardware = Hardware(False, len(machine.gpus), int(gpu.total_gib * 2**30), gpu.name, None)
-    step_tokens = options.get("max_num_batched_tokens", step_tokens_for(hardware, shape.vocab))
+    usual_tokens = options.get("max_num_batched_tokens", step_tokens_for(hardware, shape.vocab))
+    step_tokens = most_step_tokens(usual_tokens, request)
     beside = step_bytes(shape.vocab, step_tokens) + _vllm_columns.device_bytes(request)
     share = utilization_for(hardware.memory_bytes, beside)
     planned = plan(
@@ -29,7 +31,7 @@ def predict(request: LoadRequest, machine: Machine) -> Prediction | None:
             pp=options.get("pipeline_parallel_size", 1),
             utilization=options.get("gpu_memory_utilization", share),
             max_len=options.get("max_model_len", request.window_tokens + 1),
-            kv_dtype=options.get("kv_cache_dtype", "auto"),
+            kv_dtype=str(type_argument(options).get(OLDER) or options.get(OLDER, "auto")),
             lora_rank=request.adapter.rank if request.adapter else 0,
             cpu_offload_gib=options.get("cpu_offload_gb", 0.0),
             eager=options.get("enforce_eager", True),

@@ -20,7 +20,7 @@ import itertools
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from evalq.backends import _vllm_columns
 from evalq.backends._tokenize import tokenize_fn
+from evalq.backends._vllm_cache import blank, check_type, scale_notes, types_of
 from evalq.backends._vllm_columns import WorkerColumns, joined
 from evalq.backends._vllm_engine import (
     AccuracyWarnings,
@@ -59,6 +60,7 @@ from evalq.engine.backend import (
     check_generation,
 )
 from evalq.engine.columns import LOGPROB, TOP1, TOP1_BOUND
+from evalq.engine.kv_cache import KvCache
 from evalq.errors import ModelError
 
 # Windows given to the engine at once: enough to keep it busy, few enough to keep memory flat.
@@ -136,6 +138,16 @@ class VllmBackend(Backend):
             handle.llm.llm_engine, prompts, Wanted(new_tokens, stop_ids, handle.numbers, handle.lora)
         )
 
+    def kv_cache(self, options: Mapping[str, Any]) -> KvCache | None:
+        """By either name; None for the model's own, and for types that only vLLM names."""
+        return types_of(options)
+
+    def score_other_cache(self, model: LoadedModel, batch: Batch) -> Scores:
+        """With zeros in the cache after every step: an engine holds one type of cache only."""
+        handle: _Handle = model.handle
+        (found,) = _scored(model, [batch], after_step=lambda: blank(handle.llm))
+        return found
+
     def close(self, model: LoadedModel) -> None:
         """Shut the engine down and, with it, the processes it started."""
         handle: _Handle = model.handle
@@ -191,6 +203,8 @@ def _described(
         mode = config.model_config.logprobs_mode
         raise ModelError(f"vLLM returns {mode}, not log-probabilities", "engine_error")
     known = inspect.signature(SamplingParams).parameters
+    kv_bits = check_type(llm, request.options)
+    notes += scale_notes(llm, kv_bits)
     more = None
     if _vllm_columns.wanted(request):
         more = WorkerColumns.begin(llm, request, hardware.is_cpu, notes)
@@ -218,10 +232,13 @@ def _described(
         columns=tuple(dict.fromkeys((*own, *(() if more is None else more.columns)))),
         warm_up=not hardware.is_cpu,
         reference_head=None if more is None else more.head,
+        kv_bits=kv_bits,
     )
 
 
-def _scored(model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
+def _scored(
+    model: LoadedModel, batches: Iterable[Batch], after_step: Callable[[], None] = lambda: None
+) -> Iterator[Scores]:
     handle: _Handle = model.handle
     engine = handle.llm.llm_engine
     left = iter(batches)
@@ -241,6 +258,7 @@ def _scored(model: LoadedModel, batches: Iterable[Batch]) -> Iterator[Scores]:
                 for output in engine.step():
                     if output.finished and output.request_id in readers:
                         done[output.request_id] = readers.pop(output.request_id)(output)
+                after_step()
             waiting.popleft()
             rows = [done.pop(name) for name in names]
             own = {column: np.stack([row[column] for row in rows]) for column in rows[0]}

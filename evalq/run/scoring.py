@@ -19,6 +19,7 @@ from evalq.data.tokens import TokenStream, cut, read_stream
 from evalq.data.windows import Window, WindowPlan, plan_windows
 from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Scores
 from evalq.engine.columns import LOGPROB, REFERENCE_ROWS
+from evalq.engine.kv_cache import cache_of
 from evalq.engine.registry import backend
 from evalq.errors import ModelError, StoreError
 from evalq.files import write_json
@@ -190,7 +191,7 @@ def _that_fit(texts: Sequence[_Text], model: LoadedModel, emit: Emit) -> list[_T
 
 def _with_cache_checked(job: ScoreJob, texts: Sequence[_Text], loaded: _Loaded) -> _Loaded:
     """Raise ModelError (not_measured) for a quantized KV cache that is not read."""
-    cache = backend(job.load).kv_cache(job.options)
+    cache = cache_of(job.options)
     if cache is None or not cache.quantized or not texts:
         return loaded
     longest = max(texts, key=lambda text: text.plan.longest_tokens)
