@@ -91,8 +91,9 @@ def scored(arguments: argparse.Namespace, work: Path) -> list[ResultRecord]:
     command += ["-m", *map(str, arguments.models), "--store", str(work / "store"), "--json", str(out)]
     if arguments.config is not None:
         command += ["--config", str(arguments.config.resolve())]
+    out.unlink(missing_ok=True)
     code = subprocess.run(command, check=False).returncode
-    if code not in (0, 1):
+    if not out.is_file():
         sys.exit(code)
     return [ResultRecord.model_validate(record) for record in json.loads(out.read_text())]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from evalq.checkpoint import exl3
 from evalq.checkpoint.bits import StorageReport, TensorBits, assemble, percent, shares
+from evalq.checkpoint.expert_scales import expert_scale_findings
 from evalq.checkpoint.families import FAMILIES_BY_DTYPE, PLAIN_LABELS, STRAY_ENDINGS, Family
 from evalq.checkpoint.family_rules import Context, Parts, Shape
 from evalq.checkpoint.findings import Finding
@@ -153,9 +154,11 @@ def measure(contents: Contents) -> StorageReport:
 
 
 def storage_findings(contents: Contents) -> list[Finding]:
-    """Findings of the bit accounting: fused NVFP4 scales that differ, tensors it cannot explain."""
-    fused = global_scale_findings(contents.tensors) if contents.shards is not None else []
-    return [*fused, *_unexplained(contents)]
+    """Fused NVFP4 scales that differ, scales of experts without calibration, tensors nothing explains."""
+    if contents.shards is None:
+        return list(_unexplained(contents))
+    scales = (*global_scale_findings(contents.tensors), *expert_scale_findings(contents.tensors))
+    return [*scales, *_unexplained(contents)]
 
 
 def _logical_weights(tensors: Mapping[str, RawTensor], context: Context) -> tuple[list[Logical], list[str]]:

@@ -30,7 +30,16 @@ DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
-_SCALAR_CODES = {"F32": "f", "F64": "d", "F16": "e", "I32": "i", "I64": "q", "U32": "I", "U64": "Q"}
+_SCALAR_CODES = {
+    "BF16": "H",
+    "F32": "f",
+    "F64": "d",
+    "F16": "e",
+    "I32": "i",
+    "I64": "q",
+    "U32": "I",
+    "U64": "Q",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +262,14 @@ def read_scalars(tensors: Iterable[RawTensor], count_max: int = 8) -> dict[str, 
                         what = f"{tensor.dtype} {list(tensor.shape)}"
                         raise corrupt(path, f'"{clipped(tensor.name)}": {what} is no scalar')
                     file.seek(tensor.offset)
-                    values[tensor.name] = struct.unpack(f"<{tensor.numel}{code}", file.read(tensor.bytes))
+                    words = struct.unpack(f"<{tensor.numel}{code}", file.read(tensor.bytes))
+                    values[tensor.name] = tuple(map(_of_bfloat16, words)) if tensor.dtype == "BF16" else words
         except (OSError, struct.error) as error:
             raise corrupt(path, f"cannot be read: {error}") from None
     return values
+
+
+def _of_bfloat16(word: int) -> float:
+    """The upper half of a float32."""
+    value: float = struct.unpack("<f", struct.pack("<I", word << 16))[0]
+    return value

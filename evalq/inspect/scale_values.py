@@ -6,7 +6,8 @@ quantizer does to a group of zeros only. Values are looked at as bits, so that f
 Microscaling Formats 1.0 (https://www.opencompute.org).
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evalq.checkpoint.damage import corrupt
+from evalq.checkpoint.expert_scales import EXPERT, experts_line, experts_of
 from evalq.checkpoint.findings import Finding, Severity
 from evalq.checkpoint.safetensors import Contents
 from evalq.checkpoint.shards import RawTensor
@@ -46,7 +48,7 @@ _ENCODINGS = {
 
 
 def scale_value_findings(contents: Contents) -> Iterator[Finding]:
-    """Read every scale of quantized weights, file by file.
+    """Read every scale of quantized weights, file by file; one finding names all experts with a fault.
 
     Raises:
         ModelError: model_corrupt if a file cannot be read.
@@ -59,10 +61,34 @@ def scale_value_findings(contents: Contents) -> Iterator[Finding]:
         # The scales of scales of bitsandbytes are codes in U8, any of which is valid.
         if ending.endswith(_SCALE_ENDS) and not (tensor.dtype == "U8" and ending.endswith("absmax"))
     ]
+    found: list[Finding] = []
     for tensor in sorted(scales, key=attrgetter("file", "offset")):
         encoding = _ENCODINGS.get(tensor.dtype)
         if encoding is not None:
-            yield from _value_findings(tensor, encoding)
+            found += _value_findings(tensor, encoding)
+    yield from _experts_together(found, experts_of(contents.tensors))
+
+
+def _experts_together(found: Sequence[Finding], n_experts: Mapping[str, int]) -> Iterator[Finding]:
+    """The findings; a fault that several experts have is one, with its layers and numbers of experts."""
+    alike: dict[tuple[str, Severity, str], list[tuple[Finding, str, int]]] = defaultdict(list)
+    for finding in found:
+        match = EXPERT.fullmatch(finding.tensor)
+        if match is None:
+            yield finding
+        else:
+            place = (finding, match["layer"], int(match["expert"]))
+            alike[finding.name, finding.severity, match["part"]].append(place)
+    for (name, severity, part), places in alike.items():
+        first = places[0][0]
+        if len(places) == 1:
+            yield first
+            continue
+        layers: dict[str, list[int]] = defaultdict(list)
+        for _, layer, expert in places:
+            layers[layer].append(expert)
+        what = f"{part} of {len(places)} experts ({experts_line(layers, n_experts)}) has the same fault"
+        yield Finding(name, first.tensor, f"{first.message}; {what}", severity)
 
 
 def _value_findings(tensor: RawTensor, encoding: _Encoding) -> Iterator[Finding]:
