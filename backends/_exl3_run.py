@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from evalq.backends._exl3_cache import Steps, scored_rows
 from evalq.backends._torch_reference import RowKeeper, TorchReference, logits_of, rows_of
 from evalq.backends._torch_scores import score_rows
 from evalq.engine.backend import Batch, reading_ahead
@@ -52,6 +53,7 @@ class Handle:
         setup_seconds: spent on recording.
         kept: how the distributions are kept as a reference, None where they are not asked for.
         reference: distributions that the model is compared with, or None.
+        steps: how windows go through a KV cache; None for one pass without.
     """
 
     model: Any
@@ -67,6 +69,7 @@ class Handle:
     setup_seconds: float = 0.0
     kept: ReferenceHead | None = None
     reference: TorchReference | None = None
+    steps: Steps | None = None
 
 
 # What batches must share to be one graph: B, T, the first target, the columns.
@@ -79,6 +82,22 @@ def _inputs(batch: Batch) -> Any:
 
     ids = torch.from_numpy(np.ascontiguousarray(batch.ids_BT[:, :-1]))
     return torch.nn.functional.pad(ids, (0, max(0, INPUT_TOKENS_MIN - ids.shape[1])))
+
+
+def stepped(handle: Handle, batches: list[Batch], plain: bool = False) -> Iterator[dict[str, Any]]:
+    """Scores of each batch, in steps through the KV cache; `plain`: through the unquantized one beside it."""
+    import torch
+
+    steps = handle.steps
+    assert steps is not None
+    cache = steps.plain if plain else steps.cache
+    for batch in reading_ahead(batches):
+        scored = slice(batch.first_target - 1, batch.ids_BT.shape[1] - 1)
+        with torch.inference_mode():
+            rows_RH = scored_rows(handle.model, steps, cache, _inputs(batch), scored)
+            scores = head_scores(handle, rows_RH, batch)
+            del rows_RH
+        yield scores
 
 
 def resident(handle: Handle, batches: list[Batch]) -> Iterator[dict[str, Any]]:

@@ -12,10 +12,11 @@ Source: https://github.com/turboderp-org/exllamav3
 
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from evalq.backends._exl3_cache import CACHES, steps_of, types_of
 from evalq.backends._exl3_run import (
     CHUNK_ROWS_MIN,
     INPUT_TOKENS_MIN,
@@ -23,6 +24,7 @@ from evalq.backends._exl3_run import (
     Handle,
     head_logits,
     resident,
+    stepped,
     streamed,
 )
 from evalq.backends._exl3_tokenizer import TOKENIZER_FILE, load_tokenizer
@@ -30,8 +32,18 @@ from evalq.backends._tokenize import tokenize_fn
 from evalq.backends._torch_reference import TorchReference, find_weight, makes_again, reference_notes
 from evalq.backends._torch_scores import COLUMNS, peak_memory_fn, reset_peak_memory, to_arrays
 from evalq.checkpoint.adapter import Adapter
-from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Option, Scores, Tokenizer
+from evalq.engine.backend import (
+    Backend,
+    Batch,
+    LoadedModel,
+    LoadRequest,
+    Option,
+    Scores,
+    Tokenizer,
+    kv_cache_option,
+)
 from evalq.engine.columns import REFERENCE_ROWS
+from evalq.engine.kv_cache import KV_CACHE, KvCache
 from evalq.engine.reference import ReferenceHead
 from evalq.errors import ModelError
 
@@ -41,6 +53,7 @@ OPTIONS = {
     "streaming": Option(
         (bool,), "one module on the GPU at a time, for models larger than its memory (default false)"
     ),
+    KV_CACHE: kv_cache_option(CACHES),
     "cuda_graph": Option(
         (bool,), "replay windows of one shape as one CUDA graph where the model allows (default true)"
     ),
@@ -81,6 +94,8 @@ class Exl3Backend(Backend):
         handle: Handle = model.handle
         everything = list(batches)
         run = resident if handle.streaming_device is None else streamed
+        if handle.steps is not None:
+            run = stepped
         if not everything:
             return
         for batch, found in zip(everything, run(handle, everything), strict=True):
@@ -94,6 +109,15 @@ class Exl3Backend(Backend):
         model.handle.model.unload()
         model.handle = None
         torch.cuda.empty_cache()
+
+    def kv_cache(self, options: Mapping[str, Any]) -> KvCache | None:
+        """Types of the cache that the options name. Raises ModelError (bad_option)."""
+        return types_of(options)
+
+    def score_other_cache(self, model: LoadedModel, batch: Batch) -> Scores:
+        """Through a float16 cache beside the quantized one."""
+        (found,) = stepped(model.handle, [batch], plain=True)
+        return to_arrays(found, batch.shape)
 
     def load_tokenizer(self, path: Path, trust_remote_code: bool = False) -> Tokenizer:
         """The tokenizer of a checkpoint directory. Raises ModelError when there is none."""
@@ -117,20 +141,23 @@ def _load(request: LoadRequest) -> LoadedModel:
     usual_mib = HEAD_CHUNK_MIB if request.reference is None else BESIDE_CHUNK_MIB
     chunk_bytes = options.get("head_chunk_mib", usual_mib) * MIB // request.divide_work
     chunk_rows = max(CHUNK_ROWS_MIN, chunk_bytes // (4 * vocab_size))
+    steps = steps_of(model, request, batch_windows, INPUT_TOKENS_MIN)
     if not streaming:
         split = options.get("gpu_split")
         if split is None:
             model.load(device=device)
         else:
             # The loader runs each module once on this many tokens to see what fits where.
+            at_once = inputs if steps is None else steps.pages_of_a_step
             model.load(
-                use_per_device=split, max_chunk_size=batch_windows * inputs, max_output_size=chunk_rows
+                use_per_device=split, max_chunk_size=batch_windows * at_once, max_output_size=chunk_rows
             )
     if request.adapter is not None:
         _apply_adapter(model, request.adapter)
     head = model.modules[-1]
     model.fwd_modules = [entry for entry in model.fwd_modules if entry[0] is not head]
     notes = ["streamed: one module on the GPU at a time"] if streaming else []
+    notes += [] if steps is None else steps.notes
     handle = Handle(
         model,
         model.modules[:-1],
@@ -140,6 +167,7 @@ def _load(request: LoadRequest) -> LoadedModel:
         streaming_device=device if streaming else None,
         use_graph=use_graph,
         notes=notes,
+        steps=steps,
     )
     if REFERENCE_ROWS in request.columns:
         handle.kept = _kept(handle, request)
