@@ -230,7 +230,8 @@ def _described(
         notes=notes,
         memory=used_memory(llm, own_log()),
         columns=tuple(dict.fromkeys((*own, *(() if more is None else more.columns)))),
-        warm_up=not hardware.is_cpu,
+        # As many windows as fill two steps: kernels and memory of one window are not those of a whole step.
+        warm_up=0 if hardware.is_cpu else min(IN_FLIGHT, int(config.scheduler_config.max_num_seqs)),
         reference_head=None if more is None else more.head,
         kv_bits=kv_bits,
     )

@@ -12,6 +12,7 @@ from evalq.plots.style import AXIS_LABEL_PT, MARKER_RADIUS_PT, NAME_PT, NOTE_PT,
 
 TAG = "tag"  # how a test finds the labels of points among the texts
 HINT = "↙ better"
+HINT_RIGHT = "better ↘"
 CLEAR_OF_MARKER_PT = 0.8
 BETWEEN_LINES_PT = 0.8
 
@@ -33,18 +34,19 @@ class Tag:
     at: tuple[float, float]
 
 
-def write_tags(page: Page, tags: Sequence[Tag], segments: Floats) -> None:
+def write_tags(page: Page, tags: Sequence[Tag], segments: Floats, better_right: bool = False) -> None:
     """Write every tag near its place and on no other thing.
 
     Args:
         page: with axes.
         tags: one per point.
         segments: lines in page points that tags should not cover, [K, 4].
+        better_right: the better models are on the right below, not on the left.
     """
     bounds = page.axes_box() + np.array([2.0, 2.0, 0.0, 4.0])
     anchors = page.from_data([tag.at for tag in tags])
     sizes = np.array([_size(page, tag) for tag in tags])
-    hint = _write_hint(page, bounds, anchors, segments)
+    hint = _write_hint(page, bounds, anchors, segments, better_right)
     radius = MARKER_RADIUS_PT + CLEAR_OF_MARKER_PT
     placements = place(Scene(anchors, sizes, radius, bounds, hint, segments))
     for tag, size, placement in zip(tags, sizes, placements, strict=True):
@@ -88,13 +90,16 @@ def _write_tag(page: Page, tag: Tag, size: Floats, placement: Placement, segment
         page.line(placement.leader, tag.color, THIN_PT, alpha=0.75, zorder=3.5)
 
 
-def _write_hint(page: Page, bounds: Floats, anchors: Floats, segments: Floats) -> Floats:
-    """Say in the lower left corner where better is, unless something is there; returns its box, [M, 4]."""
-    width, up, down = page.measure(HINT, NOTE_PT)
+def _write_hint(page: Page, bounds: Floats, anchors: Floats, segments: Floats, right: bool) -> Floats:
+    """Say in the corner of the better models that they are, unless something is there; its box, [M, 4]."""
+    hint = HINT_RIGHT if right else HINT
+    width, up, down = page.measure(hint, NOTE_PT)
     x, y = bounds[:2] + 4
+    if right:
+        x = bounds[2] - width - 4
     box = np.array([[x, y, x + width, y + up + down]])
     markers = np.concatenate([anchors - 6, anchors + 6], axis=1)
     if overlap_areas(box, markers).any() or clipped_lengths(box, segments).any():
         return np.zeros((0, 4))
-    page.text(x, y + down, HINT, NOTE_PT, page.look.muted, style="italic")
+    page.text(x, y + down, hint, NOTE_PT, page.look.muted, style="italic")
     return box

@@ -18,6 +18,8 @@ def dress(axes: Axes, look: style.Theme, x_scale: Scale, y_scale: Scale) -> None
     """Limits, numbers, grid and spines."""
     if y_scale.log:
         axes.set_yscale("log")
+    if x_scale.log and axes.get_xscale() != "log":
+        axes.set_xscale("log")
     axes.set_xlim(x_scale.low, x_scale.high)
     axes.set_ylim(y_scale.low, y_scale.high)
     for axis, one in ((axes.xaxis, x_scale), (axes.yaxis, y_scale)):

@@ -3,22 +3,25 @@
 A dotted line joins the points of a group. With perplexities a thin horizontal line marks that of each
 unquantized model and of the run's reference, and bars are one standard error. With KL divergence the
 reference has no point, a dashed line marks each engine's floor, points at or below their floor are hollow,
-and bars are 95% intervals. Lower left is better: fewer bits and less lost. The chart of several texts shows
-their means (`evalq.plots.over_texts`).
+and bars are 95% intervals. Lower left is better: fewer bits and less lost. Against speed the lower right is
+better, groups are not joined, and a line with rings marks the Pareto frontier. The chart of several texts
+shows their means (`evalq.plots.over_texts`).
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from matplotlib.figure import Figure
 
 from evalq.plots import over_texts, style
+from evalq.plots.across import Axis
 from evalq.plots.annotate import Tag, write_tags
 from evalq.plots.axes import dress, frame
 from evalq.plots.geometry import Floats
 from evalq.plots.output import save, show
 from evalq.plots.page import MARGIN_PT, Page, quiet_glyphs
 from evalq.plots.quantity import LONGEST_BAR
-from evalq.plots.selection import Axis, ChartOptions, FloorLine, Selection, Series, printable, select
+from evalq.plots.selection import ChartOptions, FloorLine, Point, Selection, Series, printable, select
 from evalq.plots.surround import write_footer, write_header
 from evalq.plots.ticks import Scale, scale, wants_log
 from evalq.results.record import ResultRecord
@@ -27,8 +30,6 @@ from evalq.results.texts import ByText
 __all__ = ["Axis", "ChartOptions", "draw", "draw_means", "save", "show"]
 
 MIN_AXES_PT = 150.0
-X_TITLES = {"bpw": "bits per weight", "vram": "VRAM"}
-X_LABELS = {"bpw": "bits per weight (layers)", "vram": "VRAM of layers + head (GiB)"}
 
 
 def draw(records: Sequence[ResultRecord], options: ChartOptions) -> Figure:
@@ -70,14 +71,16 @@ def _draw(
         x_scale, y_scale = _scales(chosen)
         dress(frame(page, (low, high), y_scale), page.look, x_scale, y_scale)
         y_labels = _y_labels(chosen) if options.y_label is None else [options.y_label]
-        _name_axes(page, X_LABELS[options.x], y_labels)
+        _name_axes(page, chosen.across.label(records), y_labels)
         _draw_levels(page, series)
         for floor in chosen.floors:
             color = _floor_color(floor, series, page.look)
             page.axes.axhline(floor.y, color=color, lw=style.FLOOR_PT, ls=style.DASHED, zorder=1.5)
+        _draw_frontier(page, chosen.frontier)
         for one in series:
             _draw_series(page, one)
-        write_tags(page, _tags(page, series, chosen.floors), _segments(page, series, chosen.floors))
+        tags, segments = _tags(page, series, chosen.floors), _segments(page, series, chosen)
+        write_tags(page, tags, segments, chosen.across.more_is_better)
     return page.figure
 
 
@@ -89,7 +92,9 @@ def _series(chosen: Selection, look: style.Theme) -> list[Series]:
         points = sorted((p for p in chosen.points if p.group == group), key=lambda p: (p.x, p.y, p.name))
         levels = [p for p in chosen.levels if p.group == group]
         if points or levels:
-            series.append(Series(group, colors[group], style.MARKERS[i % len(style.MARKERS)], points, levels))
+            marker = style.MARKERS[i % len(style.MARKERS)]
+            joins = not chosen.across.more_is_better
+            series.append(Series(group, colors[group], marker, points, levels, joins))
     return series
 
 
@@ -101,7 +106,10 @@ def _scales(chosen: Selection) -> tuple[Scale, Scale]:
         for point in chosen.points
         for y in point.bar or ()
     ]
-    x_scale = scale([p.x for p in chosen.points], False, margins=(0.07, 0.07), smallest=0.1, n_ticks=10)
+    places = [p.x for p in chosen.points]
+    spread = [x for p in chosen.points for x in p.x_bar or ()]
+    log_x = wants_log(places + spread, chosen.across.log_above)
+    x_scale = scale(places + spread, log_x, margins=(0.07, 0.07), smallest=0.1, n_ticks=10)
     log = wants_log(heights, chosen.quantity.log_above)
     y_scale = scale(heights + ends, log, margins=(0.14, 0.12), smallest=0.01, n_ticks=7)
     return x_scale, y_scale
@@ -117,7 +125,7 @@ def _page(
     """A page with everything that stands round the axes, and the room left between, points."""
     title = options.title
     if title is None:
-        title = f"{chosen.quantity.title} against {X_TITLES[options.x]}"
+        title = f"{chosen.quantity.title} against {chosen.across.title}"
     height = options.height * 72
     while True:
         page = Page(options.width * 72, height, style.theme(options.dark))
@@ -156,6 +164,19 @@ def _draw_levels(page: Page, series: list[Series]) -> None:
             page.axes.axhline(point.y, color=color, lw=style.THIN_PT, alpha=0.6, zorder=1.5)
 
 
+def _draw_frontier(page: Page, points: Sequence[Point]) -> None:
+    """A line through the Pareto frontier, and a ring round each of its points."""
+    if not points:
+        return
+    axes, look = page.axes, page.look
+    places = [p.x for p in points], [p.y for p in points]
+    axes.plot(*places, color=look.muted, lw=style.FRONTIER_PT, alpha=0.7, zorder=2)
+    axes.plot(
+        *places, ls="none", marker="o", ms=style.RING_SIZE_PT, mfc="none", mec=look.muted,
+        mew=style.FRONTIER_PT, zorder=3.5,
+    )  # fmt: skip
+
+
 def _draw_series(page: Page, one: Series) -> None:
     axes, look = page.axes, page.look
     if one.joined:
@@ -165,6 +186,11 @@ def _draw_series(page: Page, one: Series) -> None:
         )  # fmt: skip
     for point in one.points:
         color = point.color or one.color
+        if point.x_bar:
+            axes.plot(
+                point.x_bar, [point.y, point.y], color=color, lw=style.BAR_PT, alpha=0.4, zorder=2.5,
+                solid_capstyle="butt",
+            )  # fmt: skip
         if point.bar:
             axes.plot(
                 [point.x, point.x], point.bar, color=color, lw=style.BAR_PT, alpha=0.4, zorder=2.5,
@@ -202,19 +228,24 @@ def _tags(page: Page, series: list[Series], floors: list[FloorLine]) -> list[Tag
     return tags
 
 
-def _segments(page: Page, series: list[Series], floors: list[FloorLine]) -> Floats:
+def _segments(page: Page, series: list[Series], chosen: Selection) -> Floats:
     """Everything thin that labels should not cover, page points, [K, 4]."""
     left, right = page.axes.get_xlim()
     ends: list[tuple[float, float]] = []
     for one in series:
         places = [(p.x, p.y) for p in one.points]
-        for start, end in zip(places, places[1:], strict=False):
-            ends += [start, end]
+        if one.joined:
+            for start, end in pairwise(places):
+                ends += [start, end]
         for p in one.points:
             if p.bar:
                 ends += [(p.x, y) for y in p.bar]
+            if p.x_bar:
+                ends += [(x, p.y) for x in p.x_bar]
         for p in one.lines:
             ends += [(left, p.y), (right, p.y)]
-    for floor in floors:
+    for floor in chosen.floors:
         ends += [(left, floor.y), (right, floor.y)]
+    for before, after in pairwise(chosen.frontier):
+        ends += [(before.x, before.y), (after.x, after.y)]
     return page.from_data(ends).reshape(-1, 4)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from evalq.errors import SpecError
+from evalq.plots.across import ACROSS, Across, Axis, frontier
 from evalq.plots.quantity import QUANTITIES, Bar, Quantity, number
 from evalq.plots.style import usable
 from evalq.results.floor import engine_of, floors, is_noise
@@ -17,7 +18,6 @@ from evalq.results.record import ResultRecord, require_comparable
 from evalq.results.reference import UNQUANTIZED_BPW
 from evalq.show.plain import plain
 
-Axis = Literal["bpw", "vram"]
 YAxis = Literal["ppl", "kld"]
 LARGEST_Y = 1e12
 LARGEST_X = 1e6
@@ -32,7 +32,8 @@ class ChartOptions:
 
     Args:
         title: None for a plain description of the axes, "" for no title.
-        x: "bpw" (bits per weight of the layers) or "vram" (layers + head, GiB).
+        x: "bpw" (bits per weight of the layers), "vram" (layers + head, GiB), "speed" (new tokens per second
+            of one prompt) or "speed-batch" (of a batch).
         y: "ppl" (the protocol's perplexity) or "kld" (mean KL divergence from the reference).
         max_x: models beyond it are left out and named under the axes; in units of x.
         max_y: the same for y. None leaves out perplexities FARTHEST times worse than the best.
@@ -82,6 +83,7 @@ class Point:
         color: the record's own as hex, None for the group's.
         has_line: unquantized, or the run's reference: a horizontal line marks its perplexity.
         hollow: at or below its engine's floor, so that its KL divergence says nothing.
+        x_bar: the smallest and the largest x that was measured, None without.
     """
 
     group: str
@@ -93,6 +95,7 @@ class Point:
     color: str | None
     has_line: bool
     hollow: bool = False
+    x_bar: Bar | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ class Series:
         marker: matplotlib's name of its shape.
         points: sorted by x.
         levels: models with a line that are outside the axes, of which only the line is drawn.
+        joins: whether points that follow each other along x belong together: bits do, speeds do not.
     """
 
     name: str
@@ -127,11 +131,12 @@ class Series:
     marker: str
     points: list[Point]
     levels: list[Point]
+    joins: bool = True
 
     @property
     def joined(self) -> bool:
         """Whether a dotted line runs through the points."""
-        return len(self.points) > 1
+        return self.joins and len(self.points) > 1
 
     @property
     def lines(self) -> list[Point]:
@@ -145,6 +150,7 @@ class Selection:
 
     Args:
         quantity: on the y axis.
+        across: on the x axis.
         points: in the order of the records.
         groups: group -> its own colour or None; those without a point too, so that a model that fails
             does not change the colours of the others.
@@ -158,9 +164,11 @@ class Selection:
         stderr_is_lower_bound: of any point.
         against: the run's reference, None without one; bars of perplexities are of the difference to it.
         quantized_reference: the label of the run's reference where that is a quantized model, else None.
+        frontier: the points on the Pareto frontier, the fastest first; empty where x is not speed.
     """
 
     quantity: Quantity
+    across: Across
     points: list[Point] = field(default_factory=list)
     groups: dict[str, str | None] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
@@ -173,6 +181,7 @@ class Selection:
     stderr_is_lower_bound: bool = False
     against: str | None = None
     quantized_reference: str | None = None
+    frontier: tuple[Point, ...] = ()
 
 
 def printable(text: str, longest: int) -> str:
@@ -202,6 +211,7 @@ def select(
     against = next((r.against_reference.label for r in records if r.against_reference), None)
     found = Selection(
         quantity or QUANTITIES[options.y],
+        ACROSS[options.x],
         per=records[0].unit,
         against=against,
         quantized_reference=_quantized_reference(records),
@@ -213,11 +223,11 @@ def select(
         found.groups[group] = found.groups.get(group) or usable(record.color)
         if record.label in only_lines:
             continue
-        reason = _missing(record, found.quantity, options)
+        reason = _missing(record, found)
         if reason:
             found.failed.append(f"{printable(record.label, 2 * NAME_CHARACTERS)} ({reason})")
         else:
-            points.append((record, _point(record, records, options, found)))
+            points.append((record, _point(record, records, found)))
     lower_bound = _sort(points, _limits(points, found.quantity, options), options, found)
     if not found.points:
         left_out = ", ".join((found.failed + found.beyond)[:5]) or "there is nothing beside the reference"
@@ -230,7 +240,8 @@ def select(
         raise SpecError(f"nothing to draw: {left_out}", remedy)
     if found.quantity.divergence:
         _add_floors(records, found)
-    return replace(found, stderr_is_lower_bound=lower_bound)
+    best = tuple(frontier(found.points)) if found.across.more_is_better else ()
+    return replace(found, stderr_is_lower_bound=lower_bound, frontier=best)
 
 
 def _labels_of_lines(records: Sequence[ResultRecord], found: Selection) -> set[str]:
@@ -295,7 +306,7 @@ def _sort(
             found.points.append(point)
             lower_bound |= record.ppl_stderr_is_lower_bound and point.bar is not None
             continue
-        found.beyond.append(_describe(record, point, options))
+        found.beyond.append(_describe(record, point, found.across))
         if point.has_line and point.y <= max_y:
             found.levels.append(point)
     return lower_bound
@@ -309,11 +320,9 @@ def _group(record: ResultRecord) -> str:
     return printable(record.group, NAME_CHARACTERS) or "?"
 
 
-def _point(
-    record: ResultRecord, records: Sequence[ResultRecord], options: ChartOptions, found: Selection
-) -> Point:
+def _point(record: ResultRecord, records: Sequence[ResultRecord], found: Selection) -> Point:
     group, quantity = _group(record), found.quantity
-    x, y = _x(record, options), quantity.value(record)
+    x, y = found.across.value(record), quantity.value(record)
     assert x is not None and y is not None
     label = printable(record.label, 10 * NAME_CHARACTERS)
     rest = label[len(group) :].strip() if label.startswith(group) else label
@@ -330,23 +339,20 @@ def _point(
         color=usable(record.color),
         has_line=marked and not divergence,
         hollow=divergence and quantity.at_floor(record, records),
+        x_bar=found.across.bar(record),
     )
 
 
-def _x(record: ResultRecord, options: ChartOptions) -> float | None:
-    return record.layer_bpw if options.x == "bpw" else record.vram_gb
-
-
-def _missing(record: ResultRecord, quantity: Quantity, options: ChartOptions) -> str | None:
+def _missing(record: ResultRecord, found: Selection) -> str | None:
     """Why the record has no point, None when it has one."""
     if record.status == "failed":
         return printable(record.error.category, NAME_CHARACTERS) if record.error else "failed"
-    x, reason = _x(record, options), quantity.missing(record)
+    x, reason = found.across.value(record), found.quantity.missing(record)
     if reason is None and (x is None or not math.isfinite(x) or x < 0):
-        reason = "bits per weight unknown" if options.x == "bpw" else "size unknown"
+        reason = found.across.missing
     return reason
 
 
-def _describe(record: ResultRecord, point: Point, options: ChartOptions) -> str:
-    unit = "bpw" if options.x == "bpw" else "GiB"
-    return f"{printable(record.label, 2 * NAME_CHARACTERS)} ({number(point.x)} {unit}, {point.value})"
+def _describe(record: ResultRecord, point: Point, across: Across) -> str:
+    x = f"{number(point.x)} {across.unit}"
+    return f"{printable(record.label, 2 * NAME_CHARACTERS)} ({x}, {point.value})"

@@ -50,7 +50,7 @@ def write_header(
 
 def write_footer(page: Page, chosen: Selection) -> float:
     """Write the notes at the bottom; returns where the axes' own numbers may end, points."""
-    lines = [line for line in (_bars(chosen), _hollow(chosen)) if line]
+    lines = [line for line in (_bars(chosen), _hollow(chosen), _frontier(chosen)) if line]
     if chosen.quantized_reference is not None:
         lines.append(
             f"reference: {printable(chosen.quantized_reference, 60)}, which is not an unquantized model"
@@ -84,6 +84,15 @@ def _hollow(chosen: Selection) -> str:
     if not any(point.hollow for point in chosen.points):
         return ""
     return "hollow: at or below the engine's floor, the KL divergence of the unquantized model in it"
+
+
+def _frontier(chosen: Selection) -> str:
+    """What the rings mean, "" without any."""
+    if not chosen.frontier:
+        return ""
+    spread = "; bars along x: the slowest and the fastest repetition"
+    ringed = "ringed: the Pareto frontier, no other model is both faster and better"
+    return ringed + (spread if any(point.x_bar for point in chosen.points) else "")
 
 
 def _reference(records: Sequence[ResultRecord], label: str) -> str:

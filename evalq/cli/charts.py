@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
+    from evalq.plots.across import Axis
     from evalq.plots.position import PositionChart
     from evalq.plots.scatter import ChartOptions
     from evalq.results.record import ResultRecord
@@ -57,13 +58,16 @@ class _Asked:
 
 def drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord], Console], None] | None":
     """Draws the charts that were asked for, None when none was. Raises SpecError when it could not."""
-    flags = ("plot", "chart_kld", "plot_file", "show", "by_position", "chart_mean")
+    flags = ("plot", "chart_kld", "plot_file", "show", "by_position", "chart_mean", "chart_speed")
     if not any(getattr(arguments, flag) for flag in flags):
         return None
     if arguments.chart_mean and len(arguments.dataspec) < 2:
         raise SpecError("--chart-mean draws means over texts, and -d names one", "name several texts with -d")
     if arguments.chart_mean and arguments.by_position:
         raise SpecError("--chart-mean and --by-position are two charts", "leave one of them out")
+    if arguments.chart_speed and (arguments.by_position or arguments.vram):
+        other = "--by-position" if arguments.by_position else "-v"
+        raise SpecError(f"--chart-speed and {other} are two charts", "leave one of them out")
     try:
         from evalq.plots import position, scatter
     except ImportError as error:
@@ -73,7 +77,7 @@ def drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord],
         raise SpecError(f"-o {file}: unknown kind of picture", "name a .png, .svg or .pdf file")
     options = scatter.ChartOptions(
         title=arguments.title,
-        x="vram" if arguments.vram else "bpw",
+        x=_x_axis(arguments),
         y="kld" if arguments.chart_kld else "ppl",
         max_x=arguments.max_x,
         max_y=arguments.max_y,
@@ -125,6 +129,7 @@ def _charts(asked: _Asked, records: "Sequence[ResultRecord]") -> Iterator[_Chart
         means = [mean_over_texts(of_model, several.names) for of_model in several.models]
         there = any(mean.kld if asked.options.y == "kld" else mean.ln_ratio for mean in means)
         why_not = "" if there else "no model has a mean over all texts; the lines above say why"
+        why_not = why_not or _no_speed(asked, records)
         yield _Chart("", asked.file, partial(scatter.draw_means, several, asked.options), why_not)
     else:
         for (name, of_text), file in zip(
@@ -149,11 +154,29 @@ def _of_text(asked: _Asked, name: str, file: Path, records: "Sequence[ResultReco
         why_not = "no model has a KL divergence; the lines above say why"
     elif asked.position is not None and not any(record.by_position for record in records):
         why_not = NONE
+    elif asked.position is None:
+        why_not = _no_speed(asked, records)
     if asked.position is not None:
         by_position = partial(position.draw, records, replace(asked.position, title=title))
         return _Chart(name, file, by_position, why_not)
     drawn = partial(scatter.draw, records, replace(asked.options, title=title))
     return _Chart(name, file, drawn, why_not)
+
+
+def _x_axis(arguments: argparse.Namespace) -> "Axis":
+    if arguments.chart_speed is not None:
+        return "speed" if arguments.chart_speed == "one" else "speed-batch"
+    return "vram" if arguments.vram else "bpw"
+
+
+def _no_speed(asked: _Asked, records: "Sequence[ResultRecord]") -> str:
+    """Why there is no chart against speed, "" where there is one, or none was asked for."""
+    from evalq.plots.across import ACROSS
+
+    across = ACROSS[asked.options.x]
+    if not across.more_is_better or any(across.value(record) for record in records):
+        return ""
+    return "no model's speed was measured; the notes above say why"
 
 
 def _files_of(file: Path, names: Sequence[str]) -> list[Path]:
@@ -176,6 +199,8 @@ def _default_file(arguments: argparse.Namespace) -> Path:
         ("-kld", arguments.chart_kld),
         ("-position", arguments.by_position),
         ("-vram", arguments.vram),
+        ("-speed", arguments.chart_speed == "one"),
+        ("-speed-batch", arguments.chart_speed == "batch"),
         ("-dark", arguments.dark),
         ("-mean", arguments.chart_mean),
     )

@@ -38,7 +38,7 @@ examples:
   %(prog)s -d wiki2.json -m my/*.json --markdown           your own models, as a table for a README
   %(prog)s -d wiki2.json -m gguf.json --protocol llama.cpp the windows of llama-perplexity
   %(prog)s -d wiki2.json -m exl3.json -p -v -dark          GiB instead of bits per weight, dark
-  %(prog)s -d wiki2.json -m bf16/ Q4_K_M.gguf --speed      tokens per second beside quality
+  %(prog)s -d wiki2.json -m bf16/ *.gguf --chart-speed     tokens per second beside quality, and as a chart
   %(prog)s -d wiki2.json -m bf16/ Q4_K_M.gguf -kld         KL divergence from bf16/ instead of perplexity
 
 a data spec:   {"dataset": "text", "path": "my.txt", "protocol": "exllamav3", "eval_len": 2048}
@@ -122,6 +122,14 @@ def _add_chart(plot: argparse._ArgumentGroup) -> None:
         "--by-position",
         action="store_true",
         help="x is the position in the window: a line a model (docs/long-context.md)",
+    )
+    plot.add_argument(
+        "--chart-speed",
+        nargs="?",
+        const="one",
+        choices=("one", "batch"),
+        metavar="batch",
+        help="--speed, and x is new tokens per second of one prompt, or of a batch, with the Pareto frontier",
     )
     plot.add_argument("-mx", "--max_x", type=float, metavar="X", help="leave out points right of X")
     plot.add_argument("-my", "--max_y", type=float, metavar="Y", help="leave out points above Y")
@@ -261,7 +269,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _speed_settings(arguments: argparse.Namespace) -> "SpeedSettings | None":
     """What to time, None where nobody asks for it. Raises SpecError for sizes that cannot be."""
-    if not arguments.speed:
+    if not arguments.speed and arguments.chart_speed is None:
         return None
     from evalq.run.speed import speed_settings
 

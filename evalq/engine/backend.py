@@ -185,8 +185,9 @@ class LoadedModel:
         notes: what a reader of the result should know (numerics other than the format's, engine warnings).
         memory: what the engine says it uses, GiB ("weights_gib", "kv_cache_gib") or as the name says.
         columns: names of the columns this model gives; None for all that the backend declares.
-        warm_up: whether the first batch takes longer than the same work later (kernels are compiled or
-            chosen): it is then scored once beforehand, and that is not counted in tokens per second.
+        warm_up: how many batches take longer at first than the same work later (kernels are compiled or
+            chosen, memory is taken); the first ones are scored once beforehand, and that is not counted in
+            tokens per second. True is 1.
         setup_seconds: time that score() spent on work it does once (recording a graph), which is not counted
             in tokens per second; score() adds to it.
         reference_head: how its distributions are kept, where `REFERENCE_ROWS` are asked for and it has them.
@@ -206,7 +207,7 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     memory: dict[str, float] = field(default_factory=dict)
     columns: tuple[str, ...] | None = None
-    warm_up: bool = False
+    warm_up: int = 0
     setup_seconds: float = 0.0
     reference_head: ReferenceHead | None = None
     kv_bits: float | None = None

@@ -358,8 +358,9 @@ class _Work:
         there = len(self.plan.windows) - len(missing)
         of = len(self.plan.windows)
         emit("progress", windows=there, of=of, tokens=0, scored=0, seconds=0.0)
-        if self.model.warm_up and batches:
-            next(iter(self.backend.score(self.model, [batches[0][1]])), None)
+        first = [batch for _, batch in batches[: int(self.model.warm_up)]]
+        if first:
+            list(self.backend.score(self.model, first))
         scored, seconds = 0, 0.0
         declared = {column.name: column for column in self.backend.columns}
         for windows, batch, scores, took in self._timed(batches):
