@@ -166,3 +166,21 @@ def test_table_and_csv(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     cells = dict(zip(header.split(","), row.split(","), strict=False))
     assert float(cells["speed_generation"]) > 0 and cells["speed_batch"] == "3"
     assert float(cells["speed_scoring_low"]) <= float(cells["speed_scoring_high"])
+
+
+def test_chart_of_quality_against_speed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    chart = runs.folder / "c.svg"
+    models = runs.models({"options": TIMED}, {"options": TIMED | {"seed": 2}})
+    more = (*SMALL[1:], "--chart-speed", "batch", "-o", str(chart))
+    code, records = runs.compare(runs.data(), models, more=more)
+    assert code == 0 and all(record["speed"] for record in records)
+    assert chart.is_file() and f"chart: {chart}" in capsys.readouterr().err.replace("\n", "")
+    more = ("--chart-speed", "--by-position", *SMALL[1:])
+    code, _ = runs.compare(runs.data(), models, more=more)
+    assert code == 2 and "two charts" in capsys.readouterr().err
+
+
+def test_no_chart_without_speed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    models = runs.models({"options": {"misbehave": "no-generate"}})
+    code, _ = runs.compare(runs.data(), models, more=(*SMALL, "--chart-speed"))
+    assert code == 0 and "no chart: no model's speed was measured" in capsys.readouterr().err
