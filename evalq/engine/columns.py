@@ -61,3 +61,7 @@ DEFAULT_COLUMNS = (LOGPROB.name, TOP1.name)
 # Names of what a comparison with KL divergence asks of every model, and of those beside the reference.
 DISTRIBUTION_COLUMNS = tuple(column.name for column in OWN if column.name not in DEFAULT_COLUMNS)
 DIVERGENCE_COLUMNS = (*(column.name for column in BESIDE), KEPT_MASS.name)
+# Names of all that such a comparison may ask for beyond the others.
+KLD_COLUMNS = frozenset(
+    (*DISTRIBUTION_COLUMNS, *(column.name for column in (*BESIDE, *BOUND)), REFERENCE_ROWS)
+)

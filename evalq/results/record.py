@@ -236,7 +236,8 @@ class ResultRecord(_Measured):
     )
 
     tokens_per_second: float | None = Field(
-        default=None, description="scored tokens per second in the engine, warm-up left out"
+        default=None,
+        description="scored tokens per second in the engine, warm-up and KL divergence left out",
     )
     speed: Speed | None = Field(default=None, description="of --speed: measured on its own, repeatedly")
     load_seconds: float | None = None

@@ -33,7 +33,7 @@ class Timing:
 
     Args:
         seconds: in the engine, without warm-up and work that is done once.
-        tokens: scored in that time.
+        tokens: scored in that time; none where scoring was not timed.
         options: the engine's options, as JSON with sorted keys; "" when unknown or not the same throughout.
     """
 
@@ -48,7 +48,7 @@ class Timing:
 
     def __add__(self, other: "Timing") -> "Timing":
         """Both together; options that differ are unknown."""
-        if not other.tokens:
+        if not other.tokens and (self.tokens or not other.options):
             return self
         options = other.options if not self.tokens or self.options == other.options else ""
         return Timing(self.seconds + other.seconds, self.tokens + other.tokens, options)

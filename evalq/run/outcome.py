@@ -65,7 +65,7 @@ def scored_record(
         notes=list(dict.fromkeys(notes)),
         identity=identity,
         execution={
-            "seconds": scores.timing.seconds,
+            "seconds": scores.timing.seconds if scores.timing.tokens else None,
             "options": model.engine.options,
             **{name: value for name, value in run.items() if name not in ("notes", "environment")},
             "predicted": read_json(result.path / "predicted.json"),

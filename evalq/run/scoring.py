@@ -18,7 +18,7 @@ from evalq.checkpoint.adapter import read_adapter
 from evalq.data.tokens import TokenStream, cut, read_stream
 from evalq.data.windows import Window, WindowPlan, plan_windows
 from evalq.engine.backend import Backend, Batch, LoadedModel, LoadRequest, Scores
-from evalq.engine.columns import LOGPROB, REFERENCE_ROWS
+from evalq.engine.columns import KLD_COLUMNS, LOGPROB, REFERENCE_ROWS
 from evalq.engine.kv_cache import cache_of
 from evalq.engine.registry import backend
 from evalq.errors import ModelError, StoreError
@@ -369,7 +369,10 @@ class _Work:
             kept = self.beside.keep_rows(kept, [self.plan.windows[index] for index in windows])
             tokens = int(np.prod(batch.shape))
             stored = dict(zip(stored_names(kept, self.beside.kept), kept.values(), strict=True))
-            part = Part(windows, stored, Timing(took, tokens, self.options))
+            # Speed is that of scoring alone: KL divergence has a cost of its own.
+            alone = KLD_COLUMNS.isdisjoint(batch.columns)
+            timing = Timing(took, tokens, self.options) if alone else Timing(options=self.options)
+            part = Part(windows, stored, timing)
             self.result.write_part(part, self.plan)
             there, scored, seconds = there + len(windows), scored + tokens, seconds + took
             emit("progress", windows=there, of=of, tokens=scored, scored=scored, seconds=seconds)

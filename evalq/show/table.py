@@ -112,14 +112,7 @@ def columns(table: Shown, kld: bool = False) -> list[Column[ResultRecord]]:
             f"PPL/{per}", lambda r: number(r.headline_ppl, 4), right=True, long_header=f"PPL per {per}"
         ),
         Column[ResultRecord]("±", stderr_cell, MAJOR, right=True),
-        Column[ResultRecord](
-            "tok/s",
-            lambda r: number(r.tokens_per_second, 0),
-            MINOR + 2,
-            right=True,
-            help="scored tokens per second of scoring, warm-up left out; "
-            f"{NOTHING} where it was not timed with these options",
-        ),
+        *_speed_columns(table.records),
     ]
     if table.reference is not None:
         short = len(table.reference) <= _LONGEST_NAME_IN_HEADER
@@ -149,6 +142,22 @@ def cache_bits(record: ResultRecord) -> str:
     k, v = record.kv_bits_k, record.kv_bits_v
     apart = f" ({k:g}/{v:g})" if k is not None and v is not None and k != v else ""
     return NOTHING if record.kv_bits is None else f"{record.kv_bits:g}{apart}"
+
+
+def _speed_columns(records: Sequence[ResultRecord]) -> list[Column[ResultRecord]]:
+    """Tokens per second, where some record was timed."""
+    if all(record.tokens_per_second is None for record in records):
+        return []
+    return [
+        Column[ResultRecord](
+            "tok/s",
+            lambda r: number(r.tokens_per_second, 0),
+            MINOR + 2,
+            right=True,
+            help="scored tokens per second of scoring, warm-up left out; "
+            f"{NOTHING} where it was not timed with these options, or only together with KL divergence",
+        )
+    ]
 
 
 def _metric_columns(records: Sequence[ResultRecord], kld: bool) -> list[Column[ResultRecord]]:

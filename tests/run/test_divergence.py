@@ -193,6 +193,45 @@ def test_a_reference_over_the_limit_is_scored_and_not_kept(runs: Runs, tmp_path:
     assert not list((runs.folder / "store/references").glob("*/*.safetensors"))
 
 
+def test_a_full_disk_while_the_reference_is_written_ends_in_one_line(runs: Runs, tmp_path: Path) -> None:
+    """A limit on file size stands for a full disk: a window's rows take 24 kB, all else less than 20."""
+    import resource
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    one, other = (make(tmp_path / str(n), noise=n, hidden_size=64) for n in (0.0, 0.02))
+    models = runs.models(spec(one, "reference", reference=True), spec(other, "model"))
+    first, more = (runs.data(f"{n}.json", protocol="gptq", eval_len=128, max_rows=n) for n in (1, 3))
+    assert runs.compare(first, models, more=("--kld",))[0] == 0
+    folder = runs.folder / "store/references"
+    before = {file: file.read_bytes() for file in folder.glob("*/*")}
+    process = runs.process("-d", str(more), "-m", str(models), "--kld", preexec_fn=full)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    (line,) = (line for line in errors.splitlines() if "cannot write" in line)
+    assert "references" in line and "free some space" in line and "Traceback" not in errors
+    after = {file: file.read_bytes() for file in folder.glob("*/*")}
+    assert after == before, "nothing half written, nothing lost"
+    code, (_, model) = runs.compare(more, models, more=("--kld",))
+    assert code == 0 and model["against_reference"]["metrics"]["kld"]["value"] > 0
+    assert all(file.read_bytes() == was for file, was in before.items())
+
+
+def test_speed_is_that_of_scoring_without_kl_divergence(runs: Runs, tmp_path: Path) -> None:
+    one, other, third = (make(tmp_path / str(n), noise=n) for n in (0.0, 0.01, 0.02))
+    both = runs.models(spec(one, "reference", reference=True), spec(other, "model"))
+    _, plain = runs.compare(data(runs), both)
+    assert all(record["tokens_per_second"] > 0 for record in plain)
+    every = runs.models(spec(one, "reference", reference=True), spec(other, "model"), spec(third, "new"))
+    code, with_kld = runs.compare(data(runs), every, more=("--kld",))
+    assert code == 0
+    assert [record["tokens_per_second"] for record in with_kld[:2]] == [r["tokens_per_second"] for r in plain]
+    new = with_kld[2]
+    assert new["tokens_per_second"] is None and new["execution"]["seconds"] is None
+    assert new["peak_memory_gib"] > 0 and new["notes"] == with_kld[1]["notes"]
+
+
 def test_a_head_that_moved_away_ends_nothing(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
