@@ -1,4 +1,4 @@
-"""What stands on the x axis: bits per weight, GiB, or how fast a model generates.
+"""What stands on the x axis: bits per weight, GiB, bits of the KV cache, or how fast a model generates.
 
 Fewer bits are better and stand on the left. Speed grows to the right, so there the better models are those
 on the Pareto frontier: no other model is both faster and at least as good.
@@ -13,7 +13,7 @@ from evalq.plots.quantity import Bar
 from evalq.results.record import ResultRecord
 from evalq.results.speed import Figure, Repeated
 
-Axis = Literal["bpw", "vram", "speed", "speed-batch"]
+Axis = Literal["bpw", "vram", "kv", "speed", "speed-batch"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,13 @@ ACROSS: dict[Axis, Across] = {
         "GiB",
         lambda record: record.vram_gb,
         "size unknown",
+    ),
+    "kv": Across(
+        "bits of the KV cache",
+        lambda records: "bits per element of the KV cache",
+        "KV bits",
+        lambda record: record.kv_bits,
+        "bits of the KV cache unknown",
     ),
     "speed": _speed("generation", lambda batch: "one prompt at a time", "speed of generating"),
     "speed-batch": _speed(

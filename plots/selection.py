@@ -313,7 +313,9 @@ def _sort(
 
 
 def _is_unquantized(record: ResultRecord) -> bool:
-    return (record.layer_bpw or 0.0) >= UNQUANTIZED_BPW
+    """Neither its weights nor its KV cache are quantized."""
+    cache = math.inf if record.kv_cache is None or record.kv_bits is None else record.kv_bits
+    return min(record.layer_bpw or 0.0, cache) >= UNQUANTIZED_BPW
 
 
 def _group(record: ResultRecord) -> str:

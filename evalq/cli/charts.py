@@ -58,15 +58,15 @@ class _Asked:
 
 def drawing(arguments: argparse.Namespace) -> "Callable[[Sequence[ResultRecord], Console], None] | None":
     """Draws the charts that were asked for, None when none was. Raises SpecError when it could not."""
-    flags = ("plot", "chart_kld", "plot_file", "show", "by_position", "chart_mean", "chart_speed")
+    flags = ("plot", "chart_kld", "plot_file", "show", "by_position", "chart_mean", "chart_speed", "kv_bits")
     if not any(getattr(arguments, flag) for flag in flags):
         return None
     if arguments.chart_mean and len(arguments.dataspec) < 2:
         raise SpecError("--chart-mean draws means over texts, and -d names one", "name several texts with -d")
     if arguments.chart_mean and arguments.by_position:
         raise SpecError("--chart-mean and --by-position are two charts", "leave one of them out")
-    if arguments.chart_speed and (arguments.by_position or arguments.vram):
-        other = "--by-position" if arguments.by_position else "-v"
+    if arguments.chart_speed and (arguments.by_position or arguments.vram or arguments.kv_bits):
+        other = "--by-position" if arguments.by_position else "-v" if arguments.vram else "--kv-bits"
         raise SpecError(f"--chart-speed and {other} are two charts", "leave one of them out")
     try:
         from evalq.plots import position, scatter
@@ -166,7 +166,7 @@ def _of_text(asked: _Asked, name: str, file: Path, records: "Sequence[ResultReco
 def _x_axis(arguments: argparse.Namespace) -> "Axis":
     if arguments.chart_speed is not None:
         return "speed" if arguments.chart_speed == "one" else "speed-batch"
-    return "vram" if arguments.vram else "bpw"
+    return "vram" if arguments.vram else "kv" if arguments.kv_bits else "bpw"
 
 
 def _no_speed(asked: _Asked, records: "Sequence[ResultRecord]") -> str:
@@ -199,6 +199,7 @@ def _default_file(arguments: argparse.Namespace) -> Path:
         ("-kld", arguments.chart_kld),
         ("-position", arguments.by_position),
         ("-vram", arguments.vram),
+        ("-kv", arguments.kv_bits),
         ("-speed", arguments.chart_speed == "one"),
         ("-speed-batch", arguments.chart_speed == "batch"),
         ("-dark", arguments.dark),

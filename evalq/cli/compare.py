@@ -104,9 +104,11 @@ def _add_chart(plot: argparse._ArgumentGroup) -> None:
         "-o", "--plot-file", type=Path, metavar="FILE", help="png, svg or pdf (default: in plots/out/)"
     )
     plot.add_argument("-t", "--title", metavar="TEXT", help="title of the chart")
-    plot.add_argument(
+    x = plot.add_mutually_exclusive_group()
+    x.add_argument(
         "-v", "--vram", action="store_true", help="x is GiB of layers and head, not bits per weight"
     )
+    x.add_argument("--kv-bits", action="store_true", help="x is bits per element of the KV cache")
     plot.add_argument(
         "-kld",
         "--chart-kld",

@@ -65,3 +65,12 @@ def test_killed_run_goes_on_after_the_check(runs: Runs) -> None:
     assert code == 1 and record["error"]["category"] == "host_oom_or_killed"
     plain_file = next((runs.folder / "store" / "results").glob("*/identity.json"))
     assert json.loads(plain_file.read_text())["options"]["kv_cache"] == "q4_0"
+
+
+def test_chart_against_bits_of_the_cache(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    models = runs.models({"label": "Fake plain"}, cached("q8_0") | {"label": "Fake kv8"})
+    code, _ = runs.compare(runs.data(), models, more=("--kv-bits", "-o", "chart.svg"))
+    assert code == 0 and "bits per element of the KV cache" in (runs.folder / "chart.svg").read_text()
+    with pytest.raises(SystemExit):
+        runs.compare(runs.data(), models, more=("--kv-bits", "-v", "-p"))
+    assert "not allowed with argument" in capsys.readouterr().err
