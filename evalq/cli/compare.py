@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PROTOCOL_NAMES = ("exllamav3", "qbench", "hf-strided", "gptq", "llama.cpp", "lm-eval", "long")
 
 DESCRIPTION = """\
-Score quantized models on one text and compare perplexity per bit.
+Score quantized models on one text, or several, and compare perplexity per bit.
 
 Each model runs in a process of its own; one that fails is reported and the others go on. Results are kept:
 the same command again shows them at once, and a run that was interrupted continues where it was. Every model
@@ -40,6 +40,7 @@ examples:
   %(prog)s -d wiki2.json -m exl3.json -p -v -dark          GiB instead of bits per weight, dark
   %(prog)s -d wiki2.json -m bf16/ *.gguf --chart-speed     tokens per second beside quality, and as a chart
   %(prog)s -d wiki2.json -m bf16/ Q4_K_M.gguf -kld         KL divergence from bf16/ instead of perplexity
+  %(prog)s -d wiki2 sample-code mine.txt -m bf16/ a.gguf   several texts: a column each, and their mean
 
 a data spec:   {"dataset": "text", "path": "my.txt", "protocol": "exllamav3", "eval_len": 2048}
 a model spec:  {"load_fn": "hf", "label": "INT4 g128", "model_dir": "models/int4"}      or a list of these

@@ -32,7 +32,7 @@ evalq COMMAND --help says more."""
 
 # Name: what `evalq --help` says of it, its module.
 COMMANDS = {
-    "compare": ("score models on one text; table and chart", "evalq.cli.compare"),
+    "compare": ("score models on texts; table and chart", "evalq.cli.compare"),
     "results": ("show the results that are stored", "evalq.cli.results"),
     "tokens": ("where a model differs most from the reference, token by token", "evalq.cli.tokens"),
     "inspect": ("look into a checkpoint: format, bits, what is wrong with it", "evalq.cli.inspect"),

@@ -227,7 +227,7 @@ def _status(shown: TextsTable, row: _Row) -> str:
     failed = [name for name, r in zip(shown.found.names, row.records, strict=True) if r.error]
     if failed:
         return "failed" if len(failed) == len(row.records) else f"failed on {', '.join(failed)}"
-    numbers = ", ".join(str(shown.notes.index(note) + 1) for note in shown.notes_of(row))
+    numbers = ", ".join(map(str, sorted(shown.notes.index(note) + 1 for note in shown.notes_of(row))))
     return f"ok, note {numbers}" if numbers else "ok"
 
 
