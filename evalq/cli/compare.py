@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from evalq.spec import DataSpec, ModelSpec
 
 # As in evalq.data.protocols, whose import is too slow for --help.
-PROTOCOL_NAMES = ("exllamav3", "qbench", "hf-strided", "gptq", "llama.cpp", "lm-eval", "long")
+PROTOCOL_NAMES = ("exllamav3", "qbench", "hf-strided", "gptq", "llama.cpp", "lm-eval", "long", "chat")
 
 DESCRIPTION = """\
 Score quantized models on one text, or several, and compare perplexity per bit.
