@@ -9,10 +9,12 @@ Source: https://huggingface.co/docs/tokenizers
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evalq.engine.backend import Tokenizer
+from evalq.backends._token_pieces import pieces_of
+from evalq.engine.backend import Piece, Tokenizer
 from evalq.errors import ModelError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -52,6 +54,10 @@ class JsonTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens included."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+    def pieces(self, ids: Sequence[int]) -> list[Piece]:
+        """From the vocabulary."""
+        return pieces_of(self._tokenizer, ids)
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:

@@ -30,6 +30,7 @@ from evalq.engine.backend import (
     LoadedModel,
     LoadRequest,
     Option,
+    Piece,
     Scores,
     Tokenizer,
     check_generation,
@@ -103,6 +104,10 @@ class _Tokenizer(Tokenizer):
         places = [(i, i + 1) for i, sign in enumerate(text) for _ in sign.encode(errors="surrogatepass")]
         ids = self.encode(text, False)
         return Encoded(ids, places, [token == ord("\t") for token in ids])
+
+    def pieces(self, ids: Sequence[int]) -> list[Piece]:
+        """A byte each."""
+        return [Piece(bytes([token]) if token < 256 else b"", token >= 256) for token in ids]
 
 
 class FakeBackend(Backend):

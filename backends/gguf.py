@@ -44,6 +44,7 @@ from evalq.engine.backend import (
     Ids,
     LoadedModel,
     LoadRequest,
+    Piece,
     Scores,
     Tokenizer,
     check_generation,
@@ -270,6 +271,16 @@ class GgufTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens included."""
         return _llama.detokenize(self._vocab, ids)
+
+    def pieces(self, ids: Sequence[int]) -> list[Piece]:
+        """From the vocabulary."""
+        llama_cpp, unique = _llama.engine(), sorted(set(ids))
+        texts = _llama.pieces(self._vocab, unique)
+        known = {
+            token: Piece(text, bool(llama_cpp.llama_vocab_is_control(self._vocab, token)))
+            for token, text in zip(unique, texts, strict=True)
+        }
+        return [known[token] for token in ids]
 
     def chat_text(self, messages: Sequence[Mapping[str, str]], opening: bool = False) -> str:
         """By the file's tokenizer.chat_template, in a sandbox."""

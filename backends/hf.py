@@ -25,6 +25,7 @@ import numpy as np
 from evalq.backends._hf_generate import generate
 from evalq.backends._hf_noise import LayerNoise
 from evalq.backends._hf_predict import GPU_BATCH_TOKENS, HEAD_CHUNK_MIB, predict
+from evalq.backends._token_pieces import pieces_of
 from evalq.backends._tokenize import tokenize_fn
 from evalq.backends._torch_reference import (
     RowKeeper,
@@ -49,6 +50,7 @@ from evalq.engine.backend import (
     LoadRequest,
     Machine,
     Option,
+    Piece,
     Prediction,
     Scores,
     Tokenizer,
@@ -312,6 +314,11 @@ class _Tokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         """Nothing tidied up: every space is the text's own."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def pieces(self, ids: Sequence[int]) -> list[Piece]:
+        """From the vocabulary; of tokenizers without a tokenizer.json nothing is known."""
+        tokenizer = getattr(self._tokenizer, "backend_tokenizer", None)
+        return super().pieces(ids) if tokenizer is None else pieces_of(tokenizer, ids)
 
     def chat_prefix(self) -> list[int]:
         """The opening of a chat, as exllamav3's compare_q puts it before every window."""

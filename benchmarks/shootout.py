@@ -175,9 +175,9 @@ def _row(record: ResultRecord) -> str:
     against = record.against_reference
     change = ""
     if against is not None:
-        change = f"{100 * (against.ppl_ratio - 1):+.2f} %"
+        change = f"{100 * (against.ratio - 1):+.2f} %"
         if against.ln_ratio_stderr is not None:
-            change = f"{change[:-2]} ± {100 * against.ppl_ratio * against.ln_ratio_stderr:.2f} %"
+            change = f"{change[:-2]} ± {100 * against.ratio * against.ln_ratio_stderr:.2f} %"
     device = record.execution["device"]
     if device.startswith("cpu"):
         device = record.execution["environment"]["cpu"]

@@ -75,6 +75,8 @@ def kld_number(nats: float) -> str:
 
 def _no_perplexity(record: ResultRecord) -> str | None:
     y = record.headline_ppl
+    if record.unit == "byte":
+        return None if y is not None and math.isfinite(y) and y > 0 else "no bits per byte"
     # No perplexity is below 1.
     if y is None or not math.isfinite(y) or y < 1:
         return "no perplexity per word" if record.unit == "word" else "no perplexity"
@@ -140,4 +142,13 @@ KLD = Quantity(
     "kld", "KL divergence", _kld_value, _no_kld, _kld_bar, kld_number, 10.0, math.inf,
     "KL divergences", lambda reference, per: kld_axis(reference), divergence=True,
 )  # fmt: skip
+BITS = Quantity(
+    "bits_per_byte", "Bits per byte", PPL.value, _no_perplexity, _ppl_bar, kld_number, 8.0, FARTHEST,
+    "bits per byte", lambda reference, per: ["bits per byte"],
+)  # fmt: skip
 QUANTITIES = {one.name: one for one in (PPL, KLD)}
+
+
+def quantity_of(name: str, records: Sequence[ResultRecord]) -> Quantity:
+    """What a chart of these records shows: "ppl" is what stands for a result, in the records' own unit."""
+    return BITS if name == PPL.name and records[0].unit == "byte" else QUANTITIES[name]

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from evalq.errors import SpecError
 from evalq.plots.across import ACROSS, Across, Axis, frontier
-from evalq.plots.quantity import QUANTITIES, Bar, Quantity, number
+from evalq.plots.quantity import Bar, Quantity, number, quantity_of
 from evalq.plots.style import usable
 from evalq.results.floor import engine_of, floors, is_noise
 from evalq.results.record import ResultRecord, require_comparable
@@ -210,7 +210,7 @@ def select(
     require_comparable(list(records))
     against = next((r.against_reference.label for r in records if r.against_reference), None)
     found = Selection(
-        quantity or QUANTITIES[options.y],
+        quantity or quantity_of(options.y, records),
         ACROSS[options.x],
         per=records[0].unit,
         against=against,

@@ -111,8 +111,9 @@ def compared(records: Sequence[ResultRecord]) -> list[str]:
     facts = [DATASETS.get(dataset, printable(dataset, 60)), f"{scored.protocol} protocol"]
     if length:
         chat = scored.protocol == "chat"
-        windows = f"conversations of up to {length} tokens" if chat else f"windows of {length} tokens"
+        own = " of each model's own tokenizer" if scored.unit == "byte" else ""
+        windows = f"conversations of up to {length} tokens" if chat else f"windows of {length} tokens{own}"
         facts.append(f"{windows}, stride {stride}" if stride and stride != length else windows)
-    if tokens:
+    if tokens and scored.unit != "byte":
         facts.append(f"{tokens:,} tokens scored")
     return [fact for fact in facts if fact]

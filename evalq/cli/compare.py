@@ -96,6 +96,11 @@ def _add_what(what: argparse._ArgumentGroup) -> None:
         metavar="LABEL",
         help="compare the others with it (default: the unquantized model)",
     )
+    what.add_argument(
+        "--per-byte",
+        action="store_true",
+        help="bits per byte instead of perplexity, each model with its own tokenizer (docs/texts.md)",
+    )
     what.add_argument("--max-rows", type=count, metavar="N", help="at most N windows, for a quick look")
 
 
@@ -241,6 +246,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     arguments.kld = arguments.kld or arguments.noise_floor or arguments.chart_kld
     data = [_data_spec(name, arguments) for name in arguments.dataspec]
+    _check_per_byte(arguments, data)
     specs = _model_specs(arguments)
     speed = _speed_settings(arguments)
     draw = drawing(arguments)
@@ -258,6 +264,7 @@ def run(arguments: argparse.Namespace) -> int:
         kld=arguments.kld,
         noise_floor=arguments.noise_floor,
         reference_most_bytes=int(arguments.reference_max_gb * 10**9),
+        per_byte=arguments.per_byte,
         speed=speed,
     )
     n_models = len(specs) + arguments.noise_floor
@@ -282,6 +289,30 @@ def _speed_settings(arguments: argparse.Namespace) -> "SpeedSettings | None":
         prompt_tokens=arguments.speed_prompt,
         repeats=arguments.speed_repeats,
     )
+
+
+def _check_per_byte(arguments: argparse.Namespace, data: "Sequence[DataSpec]") -> None:
+    """Raise SpecError for what needs the same tokens for all models."""
+    from evalq.errors import SpecError
+
+    if not arguments.per_byte:
+        return
+    of_tokens = {
+        "--kld": arguments.kld,
+        "--significance": arguments.significance,
+        "--resolve": arguments.resolve is not None,
+        "--positions": arguments.positions,
+        "--by-position": arguments.by_position,
+    }
+    for flag, given in of_tokens.items():
+        if given:
+            raise SpecError(f"--per-byte and {flag} exclude each other", f"{flag} compares the same tokens")
+    for spec in data:
+        if spec.tokenizer_dir is not None:
+            raise SpecError(
+                '--per-byte: the data spec has a "tokenizer_dir", one for all models',
+                "remove it: each model reads its own tokenizer's tokens",
+            )
 
 
 def _data_spec(name: str, arguments: argparse.Namespace) -> "DataSpec":

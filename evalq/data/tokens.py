@@ -34,6 +34,8 @@ class TokenStream:
         prefix_ids: the chat template's opening, when the data spec asks for one.
         mask_N: which tokens count, bool [N]; None where all do.
         stop_ids: tokens that end an answer, of a stream of prompts.
+        bytes_N: bytes of the text that each token stands for, int64 [N]; None where they are not known.
+        bytes_unknown: why they are not; None where nobody has asked yet.
     """
 
     ids_N: Ids
@@ -44,22 +46,31 @@ class TokenStream:
     prefix_ids: tuple[int, ...] = ()
     mask_N: NDArray[np.bool_] | None = None
     stop_ids: tuple[int, ...] = ()
+    bytes_N: NDArray[np.int64] | None = None
+    bytes_unknown: str | None = None
 
 
 def write_stream(
-    path: Path, ids_N: Ids, described: dict[str, Any], mask_N: NDArray[np.bool_] | None = None
+    path: Path,
+    ids_N: Ids,
+    described: dict[str, Any],
+    mask_N: NDArray[np.bool_] | None = None,
+    bytes_N: NDArray[np.int64] | None = None,
 ) -> None:
     """Keep a token stream.
 
     Args:
         path: its file.
         ids_N: int64 [N].
-        described: the fields of StreamFacts, probe_text, probe_ids, prefix_ids, stop_ids.
+        described: what `_Described` holds.
         mask_N: which tokens count, bool [N]; None where all do.
+        bytes_N: bytes of the text that each token stands for, int64 [N]; None where they are not known.
     """
     tensors = {"ids": np.asarray(ids_N, np.int64)}
     if mask_N is not None:
         tensors["mask"] = mask_N.astype(np.uint8)
+    if bytes_N is not None:
+        tensors["bytes"] = np.asarray(bytes_N, np.int64)
     write_atomic(path, save(tensors, {"described": json.dumps(described)}))
 
 
@@ -71,6 +82,7 @@ class _Described(BaseModel):
     probe_ids: tuple[int, ...]
     prefix_ids: tuple[int, ...]
     stop_ids: tuple[int, ...] = ()
+    bytes_unknown: str | None = None
 
 
 def read_stream(path: Path) -> TokenStream | None:
@@ -79,6 +91,7 @@ def read_stream(path: Path) -> TokenStream | None:
         with safe_open(path, framework="numpy") as file:
             ids = file.get_tensor("ids")
             mask = file.get_tensor("mask").astype(bool) if "mask" in file.keys() else None  # noqa: SIM118
+            n_bytes = file.get_tensor("bytes") if "bytes" in file.keys() else None  # noqa: SIM118
             described = _Described.model_validate_json(file.metadata()["described"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
@@ -86,6 +99,8 @@ def read_stream(path: Path) -> TokenStream | None:
     if ids.dtype != np.int64 or ids.ndim != 1 or len(ids) != facts.n_tokens:
         return None
     if mask is not None and mask.shape != ids.shape:
+        return None
+    if n_bytes is not None and (n_bytes.dtype != np.int64 or n_bytes.shape != ids.shape):
         return None
     return TokenStream(
         ids,
@@ -96,6 +111,8 @@ def read_stream(path: Path) -> TokenStream | None:
         described.prefix_ids,
         mask,
         described.stop_ids,
+        n_bytes,
+        described.bytes_unknown,
     )
 
 
@@ -122,4 +139,6 @@ def cut(stream: TokenStream, max_tokens: int | None) -> TokenStream:
         stream.prefix_ids,
         None if stream.mask_N is None else stream.mask_N[:max_tokens],
         stream.stop_ids,
+        None if stream.bytes_N is None else stream.bytes_N[:max_tokens],
+        stream.bytes_unknown,
     )

@@ -307,6 +307,19 @@ def reading_ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
         current = following
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What a token writes.
+
+    Args:
+        text: its bytes; of a special token its name, which a text may hold.
+        special: it may stand for nothing in the text.
+    """
+
+    text: bytes
+    special: bool = False
+
+
 class Tokenizer(ABC):
     """What `load_tokenizer(path)` of a backend that has one returns.
 
@@ -331,6 +344,10 @@ class Tokenizer(ABC):
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens included; the ids themselves where an engine does not say."""
         return "".join(f"<{token}>" for token in ids)
+
+    def pieces(self, ids: Sequence[int]) -> list[Piece]:
+        """What each id writes, a leading space included. Raises ModelError where that cannot be told."""
+        raise ModelError("this tokenizer does not tell the bytes of its tokens", "tokenizer_mismatch")
 
     def chat_prefix(self) -> list[int]:
         """Ids of the opening of a chat, by the tokenizer's own template. Raises ModelError without one."""

@@ -66,8 +66,8 @@ CATEGORIES: dict[str, Category] = {
     ),
     "tokenizer_mismatch": Category(
         "the model and the data spec do not share a tokenizer",
-        "tokenizers cut the text differently, so numbers per token cannot be compared: score this model with "
-        'a data spec of its own ("tokenizer_dir"), then compare bits_per_byte (--csv, --json)',
+        "tokenizers cut the text differently, so numbers per token cannot be compared: --per-byte compares "
+        "such models by bits per byte of the text",
     ),
     "window_too_long": Category(
         "a window is longer than the model's positions", "lower eval_len in the data spec"

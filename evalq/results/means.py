@@ -81,7 +81,7 @@ def mean_over_texts(records: Sequence[ResultRecord], names: Sequence[str]) -> Me
     exact = [found for found in klds if found is not None]
     return MeanOverTexts(
         label,
-        ln_ratio=mean_of([found.metrics["ln_ratio"] for found in compared]),
+        ln_ratio=mean_of([found.log_ratio for found in compared]),
         kld=mean_of(exact, LOG) if len(exact) == len(klds) else None,
     )
 

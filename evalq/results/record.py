@@ -30,6 +30,8 @@ RECORD_VERSION = 2
 # Metrics that stand in the JSON under their own names too, as compare_q and version 1 have them.
 FLAT = ("ppl", "nll_nats", "bits_per_byte", "word_ppl", "top1")
 PAIR_FLAT = ("ln_ratio",)
+# ln(bits per byte / that of the reference), of models with different tokenizers.
+BYTE_LN_RATIO = "bits_per_byte_ln_ratio"
 
 
 class _Frozen(BaseModel):
@@ -101,6 +103,9 @@ class Floor(_Frozen):
     kld: Estimate = Field(description="its mean KLD against the reference")
 
 
+_MADE_OF_RATIO = ("ppl_ratio", "bits_per_byte_ratio", "significant")
+
+
 class AgainstReference(_Measured):
     """A model beside the reference of its run, token by token, which is far sharper than two error bars."""
 
@@ -116,34 +121,49 @@ class AgainstReference(_Measured):
     @classmethod
     def _from_plain(cls, given: Any) -> Any:
         if isinstance(given, Mapping):
-            given = {k: v for k, v in given.items() if k not in ("ppl_ratio", "significant")}
+            given = {k: v for k, v in given.items() if k not in _MADE_OF_RATIO}
         return cls.gather(given, PAIR_FLAT)
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if "ln_ratio" not in self.metrics:
+        if "ln_ratio" not in self.metrics and BYTE_LN_RATIO not in self.metrics:
             raise ValueError("a comparison holds ln_ratio")
         return self
 
     @model_serializer(mode="wrap")
     def _to_plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         plain = self.spread(handler(self), PAIR_FLAT)
-        return plain | {"ppl_ratio": self.ppl_ratio, "significant": self.significant}
+        return plain | {self._ratio_name: self.ratio, "significant": self.significant}
+
+    @property
+    def _ratio_name(self) -> str:
+        """What the ratio is called in JSON."""
+        return "ppl_ratio" if "ln_ratio" in self.metrics else "bits_per_byte_ratio"
+
+    @property
+    def log_ratio(self) -> Estimate:
+        """Ln of the ratio of the perplexities per token; of bits per byte where tokenizers differ."""
+        return self.metrics["ln_ratio" if "ln_ratio" in self.metrics else BYTE_LN_RATIO]
 
     @property
     def ln_ratio(self) -> float:
-        """Mean difference of NLL per token, nats: positive when the model is worse."""
-        return self.metrics["ln_ratio"].value
+        """Its value: positive when the model is worse."""
+        return self.log_ratio.value
 
     @property
     def ln_ratio_stderr(self) -> float | None:
         """Its clustered standard error; None with fewer than two windows."""
-        return self.metrics["ln_ratio"].stderr
+        return self.log_ratio.stderr
 
     @property
-    def ppl_ratio(self) -> float:
-        """PPL / the reference's PPL, per token."""
+    def ratio(self) -> float:
+        """PPL / the reference's PPL, per token, or bits per byte / the reference's."""
         return exp(self.ln_ratio)
+
+    @property
+    def ppl_ratio(self) -> float | None:
+        """PPL / the reference's PPL, per token; None where their tokens differ."""
+        return self.ratio if "ln_ratio" in self.metrics else None
 
     @property
     def significant(self) -> bool:
@@ -153,7 +173,7 @@ class AgainstReference(_Measured):
     @property
     def interval(self) -> tuple[float, float] | None:
         """The 95% interval of ln_ratio; of records of evalq 0.1 two standard errors to both sides."""
-        found, error = self.metrics["ln_ratio"].interval, self.ln_ratio_stderr
+        found, error = self.log_ratio.interval, self.ln_ratio_stderr
         if found is None and error is not None:
             return self.ln_ratio - 2 * error, self.ln_ratio + 2 * error
         return found
@@ -229,6 +249,7 @@ class ResultRecord(_Measured):
         default=(), description="every other model of the run, in the output of --significance"
     )
     tokens_scored: int | None = None
+    bytes_scored: int | None = Field(default=None, description="of the text; with --per-byte")
     tokens_nonfinite: int | None = None
     by_position: tuple[AtPosition, ...] = Field(
         default=(),
@@ -288,13 +309,23 @@ class ResultRecord(_Measured):
 
     @property
     def unit(self) -> str:
-        """What the headline perplexity is per: "token", or "word" where the protocol defines it that way."""
+        """What the headline is per: "token", "word" where the protocol defines it so, or "byte"."""
         return str(self.comparison.get("unit", "token"))
 
     @property
+    def quantity(self) -> str:
+        """What the headline is, with its unit: "perplexity per token"."""
+        return "bits per byte" if self.unit == "byte" else f"perplexity per {self.unit}"
+
+    @property
+    def quantity_in_short(self) -> str:
+        """The same for a narrow column: "PPL/token"."""
+        return "bits/byte" if self.unit == "byte" else f"PPL/{self.unit}"
+
+    @property
     def headline(self) -> Estimate | None:
-        """The perplexity that the protocol's own tool would print."""
-        return self.metrics.get("word_ppl" if self.unit == "word" else "ppl")
+        """The perplexity that the protocol's own tool would print, or bits per byte."""
+        return self.metrics.get(_HEADLINES.get(self.unit, "ppl"))
 
     @property
     def headline_ppl(self) -> float | None:
@@ -358,6 +389,10 @@ def windows_text(comparison: Mapping[str, Any]) -> str:
     return f"{count} windows of {length} tokens"
 
 
+# What stands for a result, by the unit of its comparison.
+_HEADLINES = {"word": "word_ppl", "byte": "bits_per_byte"}
+
+
 def read_record(folder: Path) -> ResultRecord | None:
     """The record in a result's folder; None when there is none, or it cannot be read."""
     try:
@@ -393,7 +428,7 @@ def require_comparable(records: list[ResultRecord]) -> None:
         if key == "tokens_sha256":
             remedy = (
                 "two tokenizers cut the text into other tokens, so numbers per token measure other things; "
-                "bits_per_byte in the JSON of each can be compared"
+                "--per-byte compares them by bits per byte"
             )
         raise NotComparable(
             f'"{first.label}" and "{other.label}" cannot be compared: {key} is {mine} and {theirs}', remedy

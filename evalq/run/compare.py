@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from evalq.data.sources import load_text
+from evalq.data.sources import Text, load_text
 from evalq.engine.registry import resolve_engine
 from evalq.errors import ModelError, SpecError, StoreError
 from evalq.files import write_json
@@ -18,12 +18,17 @@ from evalq.results.reference import Candidate, Reference, choose, with_reference
 from evalq.results.store import Store
 from evalq.results.texts import text_names
 from evalq.run.beside import Asked, asked_of_others, asked_of_reference, kept_reference, noisy_reference
+from evalq.run.outcome import failed_record
+from evalq.run.per_byte import compared_by_bytes, own_tokens
 from evalq.run.prepare_data import PreparedData, choose_tokenizer, tokenized
 from evalq.run.prepare_model import PreparedModel, Unprepared, prepare
 from evalq.run.process import Event, RunSettings
 from evalq.run.speed import with_speed
-from evalq.run.turn import TextAsked, take_turn
+from evalq.run.turn import Outcome, TextAsked, take_turn
 from evalq.spec import DataSpec, ModelSpec, require_unique_labels
+
+# By a model's label: the texts by their names.
+_DataOfModels = Mapping[str, Mapping[str, PreparedData]]
 
 
 class Reporter(Protocol):
@@ -71,17 +76,48 @@ def compare(
     reference = choose([_candidate(model) for model in models], settings.reference)
     if settings.noise_floor:
         models += noisy_reference(models, reference, store, settings, reporter.status)
-    prepared = []
-    for data_spec, text in zip(data_specs, texts, strict=True):
-        chosen = choose_tokenizer(data_spec, models, store, settings.offline)
-        prepared.append(tokenized(data_spec, text, chosen, store, settings, reporter.status))
-    data = _named(prepared)
-    records = _score_all(models, data, reference, store, settings, reporter)
+    data, unable = _prepared(data_specs, texts, models, store, settings, reporter)
+    records = _score_all(models, data, unable, reference, store, settings, reporter)
     compared = []
-    for i, say in enumerate(_saying(reporter, data).values()):
+    for i, (name, say) in enumerate(_saying(reporter, _any(data)).items()):
         in_order = [records[model.spec.plain_label][i] for model in models]
-        compared.append(_compared(in_order, models, reference, store, say))
+        standing = _standing(in_order, models, reference, say)
+        if settings.per_byte:
+            of_text = {label: texts_of[name] for label, texts_of in data.items()}
+            compared.append(compared_by_bytes(in_order, of_text, standing, store))
+        else:
+            compared.append(_compared(in_order, standing, store))
     return [of_text[i] for i in range(len(models)) for of_text in compared]
+
+
+def _prepared(
+    specs: Sequence[DataSpec],
+    texts: Sequence[Text],
+    models: Sequence[PreparedModel | Unprepared],
+    store: Store,
+    settings: RunSettings,
+    reporter: Reporter,
+) -> tuple[_DataOfModels, dict[str, ModelError]]:
+    """The texts by name for each model by label, and which models cannot be scored on them.
+
+    All models read the same tokens, except where bits per byte compare models with different tokenizers.
+    """
+    labels = [model.spec.plain_label for model in models]
+    if settings.per_byte:
+        own = own_tokens(models, specs, texts, store, settings, reporter.status)
+        names = list(_named(own[labels[0]].data))
+        data = {label: dict(zip(names, own[label].data, strict=True)) for label in labels}
+        return data, {label: found.refused for label, found in own.items() if found.refused is not None}
+    prepared = []
+    for spec, text in zip(specs, texts, strict=True):
+        chosen = choose_tokenizer(spec, models, store, settings.offline)
+        prepared.append(tokenized(spec, text, chosen, store, settings, reporter.status))
+    return dict.fromkeys(labels, _named(prepared)), {}
+
+
+def _any(data: _DataOfModels) -> Mapping[str, PreparedData]:
+    """The texts of the first model: their names are those of all."""
+    return next(iter(data.values()))
 
 
 def _named(prepared: Sequence[PreparedData]) -> dict[str, PreparedData]:
@@ -111,7 +147,8 @@ def _saying(reporter: Reporter, names: Iterable[str]) -> dict[str, Callable[[str
 
 def _score_all(
     models: Sequence[PreparedModel | Unprepared],
-    data: Mapping[str, PreparedData],
+    data_of: _DataOfModels,
+    unable: Mapping[str, ModelError],
     reference: Reference | None,
     store: Store,
     settings: RunSettings,
@@ -120,14 +157,21 @@ def _score_all(
     """Each model's records, in the order of the texts; the reference goes first."""
     first = None if reference is None else reference.label
     records: dict[str, list[ResultRecord]] = {}
-    asked: dict[str, Asked] = dict.fromkeys(data, asked_of_others(settings, None))
-    say = _saying(reporter, data)
+    names = list(_any(data_of))
+    asked: dict[str, Asked] = dict.fromkeys(names, asked_of_others(settings, None))
+    say = _saying(reporter, names)
     for model in sorted(models, key=lambda model: model.spec.plain_label != first):
         label = model.spec.plain_label
+        data = data_of[label]
         reporter.model(label, {name: len(one.plan.windows) for name, one in data.items()})
         of_model = dict.fromkeys(data, asked_of_reference(settings)) if label == first else asked
         texts = [TextAsked(name, one, of_model[name]) for name, one in data.items()]
-        outcomes = take_turn(model, texts, store, settings, reporter)
+        if label in unable:
+            prepared = model if isinstance(model, PreparedModel) else None
+            failed = [failed_record(model.spec, prepared, one, unable[label], None) for one in data.values()]
+            outcomes = [Outcome(record, False) for record in failed]
+        else:
+            outcomes = take_turn(model, texts, store, settings, reporter)
         for name, outcome in zip(data, outcomes, strict=True):
             reporter.record(outcome.record, outcome.cached, name)
         records[label] = [outcome.record for outcome in outcomes]
@@ -151,25 +195,29 @@ def _candidate(model: PreparedModel | Unprepared) -> Candidate:
     return Candidate(label, bpw, model.derived, marked)
 
 
-def _compared(
+def _standing(
     records: list[ResultRecord],
     models: list[PreparedModel | Unprepared],
     reference: Reference | None,
-    store: Store,
     say: Callable[[str], None],
-) -> list[ResultRecord]:
-    """The records of one text beside the reference; the next by rule where one that the rule chose failed."""
+) -> Reference | None:
+    """The reference of one text's records; the next by rule where one that the rule chose failed."""
     scored = [record for record in records if record.status == "ok"]
-    if reference is None or all(record.label != reference.label for record in scored):
-        if reference is not None and scored:
-            what = f'the reference "{reference.label}" was not scored'
-            say(what if reference.by_hand else f"{what}: another one takes its place")
-        if reference is None or not reference.by_hand:
-            by_label = {model.spec.plain_label: model for model in models}
-            left = [
-                Candidate(r.label, r.layer_bpw, getattr(by_label[r.label], "derived", False)) for r in scored
-            ]
-            reference = choose(left)
+    if reference is not None and any(record.label == reference.label for record in scored):
+        return reference
+    if reference is not None and scored:
+        what = f'the reference "{reference.label}" was not scored'
+        say(what if reference.by_hand else f"{what}: another one takes its place")
+    if reference is not None and reference.by_hand:
+        return reference
+    by_label = {model.spec.plain_label: model for model in models}
+    return choose(
+        [Candidate(r.label, r.layer_bpw, getattr(by_label[r.label], "derived", False)) for r in scored]
+    )
+
+
+def _compared(records: list[ResultRecord], reference: Reference | None, store: Store) -> list[ResultRecord]:
+    """The records of one text beside the reference, kept as they are then."""
     found = with_floors(
         with_reference(records, reference, lambda record: store.result(str(record.key)).scores())
     )

@@ -84,6 +84,7 @@ def tokenized(
     store: Store,
     settings: RunSettings,
     say: Callable[[str], None],
+    with_bytes: bool = False,
 ) -> PreparedData:
     """Tokenize a text, or read its tokens back from the store, and lay the windows over them.
 
@@ -94,6 +95,7 @@ def tokenized(
         store: keeps the tokens.
         settings: of the tokenizer's process.
         say: told that it takes a while.
+        with_bytes: how many bytes each token stands for has to be known, which older streams do not hold.
 
     Raises:
         DataError: the tokenizer fails, or the text is too short for the protocol.
@@ -104,7 +106,8 @@ def tokenized(
     depends_on |= {"chat": chat} if chat else {}
     tokens_file = store.tokens(key_of({"kind": "tokens", "text": text.sha256, "tokenizer": depends_on}))
     whole = read_stream(tokens_file)
-    if whole is None:
+    asked_first = with_bytes and whole is not None and whole.bytes_N is None and whole.bytes_unknown is None
+    if whole is None or asked_first:
         job = _job(chosen, text, tokens_file, special=special, template=spec.chat_template, chat=chat)
         _tokenize(job, chosen, text, store, settings, say)
         whole = read_stream(tokens_file)

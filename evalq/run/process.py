@@ -55,6 +55,7 @@ class RunSettings:
     kld: bool = False
     noise_floor: bool = False
     reference_most_bytes: int = 50 * 10**9
+    per_byte: bool = False
     speed: SpeedSettings | None = None
 
 

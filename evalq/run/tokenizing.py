@@ -5,8 +5,9 @@ import faulthandler
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evalq.data import chat
+from evalq.data.token_bytes import bytes_of_tokens
 from evalq.data.tokens import PROBE_CHARACTERS, PROBE_EXTRA, write_stream
 from evalq.data.windows import StreamFacts
 from evalq.engine.backend import Tokenizer
 from evalq.engine.registry import backend
-from evalq.errors import ModelError
+from evalq.errors import DataError, ModelError
 from evalq.run.chat import tokenized_chat, tokenized_prompt
 from evalq.run.job import DecodeJob, TokenizeJob
 from evalq.spec.base import shown
@@ -47,13 +49,15 @@ def tokenize(job: TokenizeJob, emit: Callable[..., None]) -> None:
     for document in job.documents:
         ids += tokenizer.encode(document, job.add_special)
         ends.append(len(ids))
+    bytes_N, bytes_unknown = _bytes_of(tokenizer, job.documents, ids, ends)
     prefix: list[int] = []
     if job.chat_template:
         emit("rendering", seconds=TEMPLATE_SECONDS)
         with _time_limit(TEMPLATE_SECONDS, 'set "chat_template" to false in the data spec'):
             prefix = tokenizer.chat_prefix()
-    described = _described(tokenizer, ids, ends, job.documents[0]) | {"prefix_ids": prefix}
-    write_stream(Path(job.out), np.asarray(ids, np.int64), described)
+    described = _described(tokenizer, ids, ends, job.documents[0])
+    described |= {"prefix_ids": prefix, "bytes_unknown": bytes_unknown}
+    write_stream(Path(job.out), np.asarray(ids, np.int64), described, bytes_N=bytes_N)
 
 
 def _tokenize_chat(job: TokenizeJob, tokenizer: Tokenizer) -> None:
@@ -127,6 +131,21 @@ def _continued(tokenizer: Tokenizer, tail: list[int], token: int) -> str:
     if longer.startswith(shorter) and len(longer) > len(shorter):
         return longer[len(shorter) :]
     return tokenizer.decode([token])  # it ends a character that the others began
+
+
+def _bytes_of(
+    tokenizer: Tokenizer, documents: Sequence[str], ids: list[int], ends: list[int]
+) -> tuple[NDArray[np.int64] | None, str | None]:
+    """Bytes of the text that each token stands for, int64 [N], or why they cannot be told."""
+    try:
+        pieces = tokenizer.pieces(ids)
+        parts = [
+            bytes_of_tokens(document, pieces[start:end])
+            for document, (start, end) in zip(documents, pairwise([0, *ends]), strict=True)
+        ]
+        return np.concatenate(parts), None
+    except (ModelError, DataError) as error:
+        return None, str(error)
 
 
 def _facts(tokenizer: Tokenizer, ids: list[int], ends: list[int]) -> StreamFacts:

@@ -33,9 +33,12 @@ def verdict_lines(records: Sequence[ResultRecord]) -> list[tuple[str, str, str]]
 def rules(records: Sequence[ResultRecord]) -> list[str]:
     """What the verdicts mean, a line each; none without verdicts."""
     kinds = {one.kind for one in map(verdict, records) if one is not None}
-    lines = (
-        ["verdicts are by the 95% interval of the change of perplexity on the same tokens"] if kinds else []
+    what = (
+        "bits per byte on the bytes that both scored"
+        if any(record.unit == "byte" for record in records)
+        else "perplexity on the same tokens"
     )
+    lines = [f"verdicts are by the 95% interval of the change of {what}"] if kinds else []
     return lines + ([BROKEN_RULE] if "broken" in kinds else [])
 
 

@@ -14,7 +14,7 @@ from evalq.results.by_position import bucket_name
 from evalq.results.estimate import Estimate
 from evalq.results.metrics import METRICS, Metric
 from evalq.results.paired import PAIR_METRICS, PairMetric
-from evalq.results.record import ResultRecord, require_comparable, windows_text
+from evalq.results.record import BYTE_LN_RATIO, ResultRecord, require_comparable, windows_text
 from evalq.results.verdict import verdict
 from evalq.show.columns import MAJOR, MINOR, Column, markdown_table, print_columns
 from evalq.show.console import say
@@ -99,7 +99,7 @@ def columns(table: Shown, kld: bool = False) -> list[Column[ResultRecord]]:
         table: the records.
         kld: with those of `--kld`.
     """
-    per = unit(table.records)
+    short, whole = headers(table.records)
     found = [
         Column[ResultRecord]("model", lambda r: r.label),
         Column[ResultRecord]("bpw", lambda r: number(r.layer_bpw, 3), MAJOR, right=True),
@@ -108,17 +108,18 @@ def columns(table: Shown, kld: bool = False) -> list[Column[ResultRecord]]:
         ),
         Column[ResultRecord]("GiB", lambda r: number(r.vram_gb, 3), MINOR, right=True),
         *_cache_columns(table.records),
-        Column[ResultRecord](
-            f"PPL/{per}", lambda r: number(r.headline_ppl, 4), right=True, long_header=f"PPL per {per}"
-        ),
+        Column[ResultRecord](short, lambda r: number(r.headline_ppl, 4), right=True, long_header=whole),
         Column[ResultRecord]("±", stderr_cell, MAJOR, right=True),
         *_speed_columns(table.records),
     ]
+    if any(record.bytes_scored for record in table.records):
+        meaning = "bytes of the text that a model's windows scored"
+        found.append(Column("bytes", _bytes_cell, MINOR + 2, right=True, help=meaning))
     if table.reference is not None:
-        short = len(table.reference) <= _LONGEST_NAME_IN_HEADER
-        name = f"vs {table.reference}" if short else "vs reference"
-        change = "change of perplexity on the same tokens, ± its standard error"
-        meaning = change if short else f"{change}; the reference is {table.reference}"
+        fits = len(table.reference) <= _LONGEST_NAME_IN_HEADER
+        name = f"vs {table.reference}" if fits else "vs reference"
+        change = f"{change_of(table.records)}, ± its standard error"
+        meaning = change if fits else f"{change}; the reference is {table.reference}"
         if any(r.against_reference.quantized for r in table.records if r.against_reference):
             meaning += "; the reference is itself quantized"
         found.append(Column(name, change_cell, MAJOR, right=True, help=meaning))
@@ -214,6 +215,10 @@ def caption(records: Sequence[ResultRecord]) -> str:
     facts = records[0].comparison
     dataset, scored = facts.get("dataset"), facts.get("tokens_scored")
     name = "WikiText-2 raw test" if dataset == "wiki2" else dataset
+    if unit(records) == "byte":
+        windows = f"windows of {facts.get('eval_len')} tokens of each model's own tokenizer"
+        stride = facts.get("eval_stride")
+        return f"bits per byte of {name}, protocol {facts.get('protocol')}, {windows}, stride {stride}"
     count = f"{scored:,}" if isinstance(scored, int) else scored
     protocol, stride = facts.get("protocol"), f", stride {facts.get('eval_stride')}"
     if protocol == "chat":
@@ -354,12 +359,22 @@ def csv_names(metric: str) -> tuple[str, str, str, str]:
 
 
 def more_fields(records: Sequence[ResultRecord]) -> list[str]:
-    """The columns of CSV that only some runs have: by position in the window, and of every pair."""
+    """The columns of CSV that only some runs have: by position, of every pair, per byte."""
     return list(dict.fromkeys(field for record in records for field in _more(record)))
 
 
 def _more(record: ResultRecord) -> dict[str, float | None]:
-    return positions_csv(record) | _plain_pairs(record)
+    return positions_csv(record) | _plain_pairs(record) | _per_byte(record)
+
+
+def _per_byte(record: ResultRecord) -> dict[str, float | None]:
+    """What only a table of bits per byte has."""
+    if record.unit != "byte":
+        return {}
+    against = record.against_reference
+    found = plain_metrics({} if against is None else {BYTE_LN_RATIO: against.log_ratio})
+    ratio = None if against is None else against.ratio
+    return {"bytes_scored": record.bytes_scored, "bits_per_byte_ratio": ratio} | found
 
 
 def positions_csv(record: ResultRecord) -> dict[str, float | None]:
@@ -375,6 +390,24 @@ def positions_csv(record: ResultRecord) -> dict[str, float | None]:
 def unit(records: Sequence[ResultRecord]) -> str:
     """What the perplexity of a text is per."""
     return records[0].unit if records else "token"
+
+
+def headers(records: Sequence[ResultRecord]) -> tuple[str, str]:
+    """The header of what stands for a result, and the same in words."""
+    if not records:
+        return "PPL/token", "PPL per token"
+    return records[0].quantity_in_short, records[0].quantity.replace("perplexity", "PPL")
+
+
+def change_of(records: Sequence[ResultRecord]) -> str:
+    """What is compared with the reference."""
+    if unit(records) == "byte":
+        return "change of bits per byte on the bytes that both scored"
+    return "change of perplexity on the same tokens"
+
+
+def _bytes_cell(record: ResultRecord) -> str:
+    return "" if record.bytes_scored is None else f"{record.bytes_scored:,}"
 
 
 def stderr_cell(record: ResultRecord) -> str:

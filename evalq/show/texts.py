@@ -128,9 +128,9 @@ def columns(shown: TextsTable) -> list[Column[_Row]]:
     if any(row.known("kv_cache") for row in shown.rows):
         found.append(Column("KV bits", _cache_bits, MAJOR, right=True, help=table.CACHE_HELP))
     for i, name in enumerate(shown.found.names):
-        per = table.unit(shown.found.texts[name])
+        short, whole = table.headers(shown.found.texts[name])
         found += [
-            _column(i, f"PPL/{per}\n{_lines(name)}", _ppl, MAJOR, f"PPL per {per}, {name}"),
+            _column(i, f"{short}\n{_lines(name)}", _ppl, MAJOR, f"{whole}, {name}"),
             _column(i, f"±\n{_lines(name)}", _stderr, MINOR + 2, f"± {name}"),
         ]
         if any(row.records[i].against_reference for row in shown.rows):
@@ -160,12 +160,17 @@ def _mean_column(shown: TextsTable) -> list[Column[_Row]]:
         return []
     reference = shown.reference or "the reference"
     meaning = (
-        f"geometric mean over {len(shown.found.names)} texts, each alike, of PPL per token / that of "
+        f"geometric mean over {len(shown.found.names)} texts, each alike, of {_averaged(shown)} / that of "
         f"{reference}, ± its standard error"
     )
     if any(r.against_reference.quantized for row in shown.rows for r in row.records if r.against_reference):
         meaning += "; the reference is itself quantized"
     return [Column[_Row](MEAN, lambda row: _ratio(row.mean), right=True, help=meaning)]
+
+
+def _averaged(shown: TextsTable) -> str:
+    """Whose ratios the mean is of: those per token also where the headline is per word."""
+    return "bits per byte" if shown.rows[0].records[0].unit == "byte" else "PPL per token"
 
 
 def _kld_columns(shown: TextsTable) -> list[Column[_Row]]:
@@ -248,7 +253,8 @@ def _explanations(shown: TextsTable, kept: Sequence[Column[_Row]]) -> list[str]:
     headers = [column.header.split("\n")[0] for column in kept]
     if "change" in headers:
         reference = shown.reference or "the text's reference"
-        lines.append(f"change: of perplexity against {reference} on the same tokens, ± its standard error")
+        change = table.change_of(shown.rows[0].records).removeprefix("change of ")
+        lines.append(f"change: of {change}, against {reference}, ± its standard error")
     lines += _caveats(shown, table.KLD_HEADER in headers)
     lines += [f"no mean for {mean.label}: {mean.why_not}" for mean in shown.means if mean.why_not]
     return lines + rules([record for row in shown.rows for record in row.records])
