@@ -99,7 +99,7 @@ def _add_what(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "--per-byte",
         action="store_true",
-        help="bits per byte instead of perplexity, each model with its own tokenizer (docs/texts.md)",
+        help="bits per byte instead of perplexity, each model with its own tokenizer (docs/sources.md)",
     )
     what.add_argument("--max-rows", type=count, metavar="N", help="at most N windows, for a quick look")
 
