@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from evalq.backends._exl3_cache import Steps, scored_rows
+from evalq.backends._exl3_generate import Generation
 from evalq.backends._torch_reference import RowKeeper, TorchReference, logits_of, rows_of
 from evalq.backends._torch_scores import score_rows
 from evalq.engine.backend import Batch, reading_ahead
@@ -54,6 +55,7 @@ class Handle:
         kept: how the distributions are kept as a reference, None where they are not asked for.
         reference: distributions that the model is compared with, or None.
         steps: how windows go through a KV cache; None for one pass without.
+        generation: how prompts are continued, None where that is not asked for.
     """
 
     model: Any
@@ -70,6 +72,7 @@ class Handle:
     kept: ReferenceHead | None = None
     reference: TorchReference | None = None
     steps: Steps | None = None
+    generation: Generation | None = None
 
 
 # What batches must share to be one graph: B, T, the first target, the columns.

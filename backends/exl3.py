@@ -12,11 +12,12 @@ Source: https://github.com/turboderp-org/exllamav3
 
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evalq.backends._exl3_cache import CACHES, steps_of, types_of
+from evalq.backends._exl3_generate import generate, room_for
 from evalq.backends._exl3_run import (
     CHUNK_ROWS_MIN,
     INPUT_TOKENS_MIN,
@@ -35,11 +36,14 @@ from evalq.checkpoint.adapter import Adapter
 from evalq.engine.backend import (
     Backend,
     Batch,
+    Generated,
+    Ids,
     LoadedModel,
     LoadRequest,
     Option,
     Scores,
     Tokenizer,
+    check_generation,
     kv_cache_option,
 )
 from evalq.engine.columns import REFERENCE_ROWS
@@ -79,6 +83,7 @@ class Exl3Backend(Backend):
     # It skips tensors that it does not know, and scales every module by the adapter's default rank and alpha.
     lora_features = frozenset({"rslora"})
     has_tokenizer = True
+    generates = True
 
     def load(self, request: LoadRequest) -> LoadedModel:
         """Load a checkpoint directory.
@@ -101,6 +106,20 @@ class Exl3Backend(Backend):
         for batch, found in zip(everything, run(handle, everything), strict=True):
             model.setup_seconds = handle.setup_seconds
             yield to_arrays(found, batch.shape)
+
+    def generate(
+        self,
+        model: LoadedModel,
+        prompts: Sequence[Ids],
+        new_tokens: int,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Generated:
+        """By exllamav3's dynamic generator, a job for each prompt. Raises ModelError."""
+        handle: Handle = model.handle
+        check_generation(prompts, new_tokens, model.max_positions, model.vocab_size)
+        if handle.generation is None:
+            raise ModelError("the model was loaded without room to generate", "bad_option")
+        return generate(handle.model, handle.generation, prompts, new_tokens, stop_ids)
 
     def close(self, model: LoadedModel) -> None:
         """Free the model and torch's cache."""
@@ -142,6 +161,7 @@ def _load(request: LoadRequest) -> LoadedModel:
     chunk_bytes = options.get("head_chunk_mib", usual_mib) * MIB // request.divide_work
     chunk_rows = max(CHUNK_ROWS_MIN, chunk_bytes // (4 * vocab_size))
     steps = steps_of(model, request, batch_windows, INPUT_TOKENS_MIN)
+    generation = room_for(model, request)
     if not streaming:
         split = options.get("gpu_split")
         if split is None:
@@ -168,6 +188,7 @@ def _load(request: LoadRequest) -> LoadedModel:
         use_graph=use_graph,
         notes=notes,
         steps=steps,
+        generation=generation,
     )
     if REFERENCE_ROWS in request.columns:
         handle.kept = _kept(handle, request)
@@ -264,7 +285,7 @@ def _model(request: LoadRequest) -> Any:
         if request.overlay is not None:
             config.stc.add_tensor_files(str(request.overlay))
         # Models with two sets of rotary factors choose by the length that will be used.
-        config.override_dynamic_seq_len(request.window_tokens)
+        config.override_dynamic_seq_len(request.longest_tokens)
         model = Model.from_config(config)
     except AssertionError as error:
         raise ModelError(f"exllamav3: {error}", "unsupported_format") from None
