@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from evalq.backends._hf_experts import ExpertCounter
 from evalq.backends._hf_generate import generate
 from evalq.backends._hf_noise import LayerNoise
 from evalq.backends._hf_predict import GPU_BATCH_TOKENS, HEAD_CHUNK_MIB, predict
@@ -216,6 +217,7 @@ def _load(request: LoadRequest) -> LoadedModel:
         notes=notes,
         warm_up=not on_cpu,
         reference_head=handle.kept,
+        expert_tokens=ExpertCounter(model).take,
     )
 
 

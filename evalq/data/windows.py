@@ -81,6 +81,11 @@ class WindowPlan:
         return self.n_targets if self.mask is None else int(self.mask.sum())
 
     @property
+    def n_inputs(self) -> int:
+        """Tokens that are run: all of each window but its last, which is a target only."""
+        return sum(window.n_ids(len(self.prefix)) - 1 for window in self.windows)
+
+    @property
     def most_targets(self) -> int:
         """R of the window with the most targets."""
         return max(window.n_targets for window in self.windows)

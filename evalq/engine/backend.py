@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from evalq.checkpoint.adapter import Adapter
 from evalq.engine.columns import DEFAULT_COLUMNS, LOGPROB, TOP1, Column
+from evalq.engine.experts import TakeExpertTokens
 from evalq.engine.kv_cache import CacheTypes, KvCache, cache_of
 from evalq.engine.reference import ReferenceHead
 from evalq.errors import ModelError
@@ -191,6 +192,8 @@ class LoadedModel:
         setup_seconds: time that score() spent on work it does once (recording a graph), which is not counted
             in tokens per second; score() adds to it.
         reference_head: how its distributions are kept, where `REFERENCE_ROWS` are asked for and it has them.
+        expert_tokens: how many tokens its routers sent to each expert since it was last asked; None for a
+            model without experts, or where the engine does not show them.
         kv_bits: per element of the KV cache, where the engine's own is not of the type of its arithmetic.
     """
 
@@ -210,6 +213,7 @@ class LoadedModel:
     warm_up: int = 0
     setup_seconds: float = 0.0
     reference_head: ReferenceHead | None = None
+    expert_tokens: TakeExpertTokens | None = None
     kv_bits: float | None = None
 
 

@@ -23,6 +23,7 @@ from pydantic import (
 from evalq.errors import NotComparable
 from evalq.files import read_json
 from evalq.results.estimate import Estimate
+from evalq.results.experts import ExpertUse
 from evalq.results.speed import Speed
 from evalq.results.statistics import exp
 
@@ -251,6 +252,9 @@ class ResultRecord(_Measured):
     tokens_scored: int | None = None
     bytes_scored: int | None = Field(default=None, description="of the text; with --per-byte")
     tokens_nonfinite: int | None = None
+    moe: dict[str, ExpertUse] = Field(
+        default={}, description="of a mixture of experts, by layer: which ones the text reached (hf)"
+    )
     by_position: tuple[AtPosition, ...] = Field(
         default=(),
         description="perplexity by position in the window; empty where no window is longer than 1024",

@@ -9,6 +9,7 @@ from evalq.engine.failures import remedy_of
 from evalq.errors import ModelError
 from evalq.files import read_json, write_json
 from evalq.results.by_position import own_by_position
+from evalq.results.experts import EXPERTS, expert_notes, expert_use
 from evalq.results.metrics import Measured, compute
 from evalq.results.record import Failure, ResultRecord, read_record
 from evalq.results.store import ResultDir
@@ -17,6 +18,9 @@ from evalq.run.prepare_data import PreparedData
 from evalq.run.prepare_model import PreparedModel, Unprepared
 from evalq.spec import ModelSpec
 from evalq.version import METRICS_VERSION, __version__
+
+# Facts of a run that stand elsewhere in the record.
+_NOT_OF_EXECUTION = ("notes", "environment", EXPERTS)
 
 
 def scored_record(
@@ -37,6 +41,7 @@ def scored_record(
     metrics = compute(measured)
     by_position = own_by_position(measured, data.plan.table, scores.targets)
     speed = _speed_notes(model, scores)
+    moe = expert_use(run.get(EXPERTS))
     notes = [
         *model.spec.notes,
         *model.engine.notes,
@@ -45,6 +50,7 @@ def scored_record(
         *_texts(run.get("notes")),
         *_bos_notes(data),
         *_count_notes(measured),
+        *expert_notes(moe, data.plan.n_inputs),
         *speed,
     ]
     record = ResultRecord(
@@ -56,6 +62,7 @@ def scored_record(
         model=model.facts,
         tokens_scored=measured.n_tokens,
         tokens_nonfinite=measured.n_nonfinite,
+        moe=moe,
         by_position=by_position,
         tokens_per_second=None if speed else scores.timing.tokens_per_second,
         load_seconds=_number(run.get("load_seconds")),
@@ -67,7 +74,7 @@ def scored_record(
         execution={
             "seconds": scores.timing.seconds if scores.timing.tokens else None,
             "options": model.engine.options,
-            **{name: value for name, value in run.items() if name not in ("notes", "environment")},
+            **{name: value for name, value in run.items() if name not in _NOT_OF_EXECUTION},
             "predicted": read_json(result.path / "predicted.json"),
             "environment": run.get("environment"),
             "evalq": __version__,

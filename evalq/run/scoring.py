@@ -24,6 +24,7 @@ from evalq.engine.registry import backend
 from evalq.errors import ModelError, StoreError
 from evalq.files import write_json
 from evalq.machine import environment
+from evalq.results.experts import EXPERTS, to_facts
 from evalq.results.kept import NOT_KEPT, KeptInputs, KeptReference, stored_names
 from evalq.results.store import Held, ResultDir
 from evalq.results.tokens import Part, Timing
@@ -216,6 +217,8 @@ def _score_text(job: ScoreJob, text: _Text, loaded: _Loaded, emit: Emit) -> None
     run["columns_not_given"] = [name for name in text.asked if name not in given]
     if text.job.keep_reference is not None and beside.keep is None:
         run[NOT_KEPT] = job.keep_most_bytes
+    if model.expert_tokens is not None:
+        run[EXPERTS] = to_facts(model.expert_tokens(), text.result.run().get(EXPERTS))
     text.result.finish(held, run)
 
 
