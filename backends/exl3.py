@@ -18,6 +18,7 @@ from typing import Any
 
 from evalq.backends._exl3_cache import CACHES, steps_of, types_of
 from evalq.backends._exl3_generate import generate, room_for
+from evalq.backends._exl3_predict import predict
 from evalq.backends._exl3_run import (
     CHUNK_ROWS_MIN,
     INPUT_TOKENS_MIN,
@@ -40,7 +41,9 @@ from evalq.engine.backend import (
     Ids,
     LoadedModel,
     LoadRequest,
+    Machine,
     Option,
+    Prediction,
     Scores,
     Tokenizer,
     check_generation,
@@ -132,6 +135,10 @@ class Exl3Backend(Backend):
     def kv_cache(self, options: Mapping[str, Any]) -> KvCache | None:
         """Types of the cache that the options name. Raises ModelError (bad_option)."""
         return types_of(options)
+
+    def predict(self, request: LoadRequest, machine: Machine) -> Prediction | None:
+        """Weights and KV cache against the GPU. Raises SpecError for what has no planner."""
+        return predict(request, machine)
 
     def score_other_cache(self, model: LoadedModel, batch: Batch) -> Scores:
         """Through a float16 cache beside the quantized one."""

@@ -34,6 +34,7 @@ from evalq.backends._llama_plan import (
     make_plan,
     model_params,
 )
+from evalq.backends._llama_predict import predict
 from evalq.backends._llama_reference import gives_again, hidden_head, pack
 from evalq.engine.backend import (
     NO_TEMPLATE,
@@ -44,7 +45,9 @@ from evalq.engine.backend import (
     Ids,
     LoadedModel,
     LoadRequest,
+    Machine,
     Piece,
+    Prediction,
     Scores,
     Tokenizer,
     check_generation,
@@ -142,6 +145,10 @@ class GgufBackend(Backend):
         """By either name; None for llama.cpp's own, f16."""
         found = cache_types(options)
         return None if found == PLAIN_CACHE and KV_CACHE not in options else found
+
+    def predict(self, request: LoadRequest, machine: Machine) -> Prediction | None:
+        """Weights and KV cache; it never says that they do not fit, because files are mapped."""
+        return predict(request)
 
     def score_other_cache(self, model: LoadedModel, batch: Batch) -> Scores:
         """With a second context on the same weights, whose cache is f16."""

@@ -22,6 +22,7 @@ def predict(model: PreparedModel, plan: WindowPlan) -> Prediction | None:
         targets_per_window=plan.most_targets,
         options=model.engine.options,
         load_fn=model.spec.load_fn,
+        n_windows=len(plan.windows),
         adapter=model.adapter,
         step_tokens=step_tokens(model.engine.options, [plan]),
     )

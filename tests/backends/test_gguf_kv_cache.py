@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from test_backend_gguf import GGUF, prose_ids, tiny
 from tiny_gguf import TINY_VOCAB, write_tiny
 
-from evalq.backends import _llama_plan
-from evalq.engine.backend import Batch, LoadRequest
+from evalq.backends import _llama, _llama_plan
+from evalq.engine.backend import Batch, LoadRequest, Machine
 from evalq.engine.kv_cache import KvCache
 from evalq.errors import ModelError
 
@@ -132,3 +132,22 @@ def test_coarser_caches_lose_more(smollm2_gguf: Path, prose_ids: NDArray[np.int6
         for name in ("q8_0", "q4_0", "q8_0/q4_0")
     }
     assert 1e-3 < apart["q8_0"] < apart["q8_0/q4_0"] < apart["q4_0"] < 1
+
+
+@pytest.mark.parametrize("cache", ["auto", "q8_0", "q8_0/q4_0", "f32/q5_1"])
+def test_planned_cache_is_what_llama_cpp_allocates(tiny: Path, cache: str) -> None:
+    options = {} if cache == "auto" else {"kv_cache": cache}
+    request = LoadRequest(tiny, 60, 59, options | {"batch_windows": 3}, n_windows=3)
+    planned = GGUF.predict(request, Machine((), 1.0, {}))
+    assert planned is not None and planned.category is None
+    _llama.LOG.clear()
+    GGUF.close(GGUF.load(request))
+    said = _llama.LOG.matches(r"KV buffer size = +([\d.]+) MiB")
+    assert sum(float(match[1]) for match in said) == pytest.approx(
+        1024 * planned.memory["kv_cache_gib"], abs=0.006
+    )
+
+
+def test_nothing_is_planned_for_a_header_that_says_too_little(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "m.gguf", heads=0)
+    assert GGUF.predict(LoadRequest(tmp_path / "m.gguf", 60, 59, {}), Machine((), 1.0, {})) is None

@@ -7,6 +7,7 @@ import pytest
 from checkpoints import headers_only
 from conftest import Runs
 
+from evalq.backends import _exl3_predict as exl3
 from evalq.backends import hf, vllm
 from evalq.engine.backend import LoadRequest, Machine
 
@@ -46,3 +47,20 @@ def test_a_model_beyond_the_memory_is_reported_and_tried_only_if_asked(runs: Run
     told = r"predicted, not tried: does not load: 1000\.\d\d GiB of weights"
     assert re.match(told, record["error"]["message"])
     assert "--try-anyway" in record["error"]["remedy"]
+
+
+def test_exl3_counts_weights_and_a_quantized_cache(tmp_path: Path) -> None:
+    model = headers_only(tmp_path / "model", 10)
+    machine = Machine((("NVIDIA H100", 79.18),), 512.0, {"exllamav3": "1.6.5"})
+    plain = exl3.predict(LoadRequest(model, 2049, 2048, {}), machine)
+    cached = exl3.predict(LoadRequest(model, 2049, 2048, {"kv_cache": "4"}, step_tokens=512), machine)
+    half = exl3.predict(LoadRequest(model, 2049, 2048, {"kv_cache": "fp16"}, step_tokens=512), machine)
+    assert plain is not None and cached is not None and half is not None
+    assert plain.memory["kv_cache_gib"] == 0 and half.memory["kv_cache_tokens"] == 2048
+    # The check holds a float16 cache beside it.
+    assert cached.memory["kv_cache_gib"] == pytest.approx((4.5 + 16) / 16 * half.memory["kv_cache_gib"])
+    assert exl3.predict(LoadRequest(model, 2049, 2048, {}), Machine((), 512.0, {})) is None
+    small = Machine((("a GPU", 8.0),), 512.0, {})
+    refused = exl3.predict(LoadRequest(model, 2049, 2048, {}), small)
+    assert refused is not None and refused.category == "oom_load" and "does not load" in refused.verdict
+    assert exl3.predict(LoadRequest(model, 2049, 2048, {"streaming": True}), small) is None

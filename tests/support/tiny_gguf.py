@@ -25,7 +25,7 @@ def write_tiny(
     writer.add_feed_forward_length(96)
     writer.add_head_count(heads)
     writer.add_head_count_kv(heads // 2)
-    writer.add_rope_dimension_count(64 // heads)
+    writer.add_rope_dimension_count(64 // max(1, heads))
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(TINY_VOCAB)
     writer.add_file_type(gguf_files.LlamaFileType.ALL_F32)
