@@ -197,7 +197,7 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
         type=positive,
         default=50.0,
         metavar="GB",
-        help="with --kld: the most that the store keeps of the reference (default 50)",
+        help="with --kld: the most that the store keeps of the reference on each text (default 50)",
     )
     how.add_argument("--timeout", type=seconds, metavar="S", help="give a model up after S seconds")
     how.add_argument(

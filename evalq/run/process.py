@@ -42,7 +42,7 @@ class RunSettings:
         columns: names of the per-token columns wanted; the first one is required.
         kld: compare whole distributions with the reference's.
         noise_floor: score the reference once more with noise in its layers.
-        reference_most_bytes: the most that the reference's rows may take in the store.
+        reference_most_bytes: the most that the reference's rows of one text may take in the store.
         speed: how to time each model; None leaves that out.
     """
 
