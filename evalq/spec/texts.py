@@ -168,7 +168,7 @@ class TextFields(Spec):
     @classmethod
     def _text_encoding(cls, name: str) -> str:
         try:
-            b" ".decode(name)
+            " ".encode(name)  # decoding one byte would refuse UTF-16
         except (LookupError, ValueError):
             raise ValueError(
                 'is no encoding of text that Python knows; try "utf-8", "utf-16" or "latin-1"'

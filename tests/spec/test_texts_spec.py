@@ -19,6 +19,7 @@ HUB = {"dataset": "hub", "name": "me/notes"}
     "raw",
     [
         {**TEXT, "path": "a.txt", "encoding": "latin-1"},
+        {**TEXT, "path": "a.txt", "encoding": "utf-16"},
         {**TEXT, "path": "a.jsonl", "column": "messages.0.content", "rows": 5, "separator": " "},
         {**TEXT, "path": "src", "glob": "**/*.py", "separator": "\n\n\n"},
         {**TEXT, "paths": ["a.txt", "b.md"], "separator": ""},
