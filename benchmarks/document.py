@@ -20,6 +20,12 @@ To measure again (about 40 minutes on two idle cores; `--resume` continues an in
     bash benchmarks/peers/make_lm_eval_env.sh              # lm-evaluation-harness
     python benchmarks/run.py all --models models/smollm2 --wikitext2 wiki.test.raw
 
+The section with 1.5 billion weights has a command of its own. LARGE/Q4_K_M.gguf is
+`qwen2.5-coder-1.5b-instruct-q4_k_m.gguf`, and LARGE/bf16 is made of it:
+
+    python benchmarks/gguf_to_hf.py LARGE/Q4_K_M.gguf TOKENIZER LARGE/bf16
+    python benchmarks/run.py divergence-large --large LARGE --wikitext2 wiki.test.raw
+
 One row alone: `python benchmarks/run.py --only NAME`, with the name in its last column. Speed is that of
 scoring alone: loading, tokenization and start-up are left out on both sides; evalq and its peers take turns,
 each in a process of its own with the same number of threads; the ratio is that of the medians, in brackets
@@ -29,6 +35,7 @@ the lowest and highest of one turn.
 TITLES = {
     "agreement": "Agreement with the tool that defines each protocol",
     "divergence": "KL divergence: agreement and cost",
+    "divergence-large": "KL divergence: cost with a model of 1.5 billion weights",
     "speed": "Speed",
     "memory": "Memory",
     "latency": "Latency",

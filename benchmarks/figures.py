@@ -49,6 +49,7 @@ class Bench:
         threads: CPU threads of evalq and of every peer.
         repetitions: of each speed measurement.
         work: folder for temporary stores.
+        large: folder with bf16/ and Q4_K_M.gguf of a model of 1.5 billion weights; None without.
         raw: every measurement of the running case, kept beside its figures.
     """
 
@@ -57,6 +58,7 @@ class Bench:
     threads: int
     repetitions: int
     work: Path
+    large: Path | None = None
     raw: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -75,6 +77,8 @@ class Bench:
         """A part of a command line as another machine would write it."""
         text = str(argument)
         text = text.replace(str(self.text), "$EVALQ_WIKITEXT2").replace(str(self.work), "$TMP")
+        if self.large is not None:
+            text = text.replace(str(self.large), "$LARGE")
         return text.replace(str(self.models), "models/smollm2").replace(str(ROOT) + "/", "")
 
 

@@ -3,6 +3,10 @@
     python benchmarks/run.py all --models models/smollm2 --wikitext2 wiki.test.raw
     python benchmarks/run.py speed --repetitions 5
     python benchmarks/run.py --only agree-gptq --only memory-hf
+    python benchmarks/run.py divergence-large --large DIR --repetitions 2
+
+DIR holds Q4_K_M.gguf and bf16/ of Qwen2.5-Coder-1.5B-Instruct; benchmarks/gguf_to_hf.py makes the second of
+the first.
 
 Results of cases that are not measured this time are kept. Exit code: 0 every target measured now was met,
 1 some was not or could not be measured, 2 something is missing.
@@ -35,6 +39,7 @@ SECTIONS: dict[str, dict[str, Case]] = {
     "latency": latency.CASES,
     "sweep": sweep.CASES,
     "divergence": divergence.CASES,
+    "divergence-large": divergence.LARGE_CASES,
 }
 ALL = ("latency", "agreement", "divergence", "memory", "speed")
 
@@ -48,6 +53,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--models", type=Path, default=ROOT / "models/smollm2", help="as `make demo` makes it"
     )
+    parser.add_argument("--large", type=Path, help="a model of 1.5 billion weights, for divergence-large")
     parser.add_argument("--wikitext2", type=Path, help="wiki.test.raw (default: $EVALQ_WIKITEXT2)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repetitions", type=int, default=3, help="of each speed measurement")
@@ -76,7 +82,10 @@ def _bench(args: argparse.Namespace, work: Path) -> Bench:
         _stop("no wiki.test.raw: give --wikitext2 FILE or set EVALQ_WIKITEXT2")
     if not (args.models / "bf16").is_dir():
         _stop(f"{args.models} has no bf16/: run `make demo` first")
-    return Bench(args.models.resolve(), Path(text).resolve(), args.threads, args.repetitions, work)
+    if args.large and not (args.large / "bf16").is_dir():
+        _stop(f"{args.large} has no bf16/: benchmarks/gguf_to_hf.py makes it")
+    large = args.large and args.large.resolve()
+    return Bench(args.models.resolve(), Path(text).resolve(), args.threads, args.repetitions, work, large)
 
 
 def _machine(threads: int) -> dict[str, Any]:
