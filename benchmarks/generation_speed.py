@@ -105,19 +105,18 @@ def llama_bench(model: Path, sizes: Sizes) -> Figures:
     """One turn of llama-bench, with the batches and the attention that evalq takes."""
     if not LLAMA_BENCH.is_file():
         raise SystemExit(f"{LLAMA_BENCH} does not exist: bash benchmarks/peers/build_llama_perplexity.sh")
-    lengths = ["-p", sizes.prompt, "-n", sizes.new, "-d", f"0,{sizes.prompt}"]
-    argv = [LLAMA_BENCH, "-m", model, *lengths, "-t", sizes.threads, "-b", 2048, "-ub", 512, "-fa", "on"]
-    output = _run([*argv, "-r", 1, "-o", "json"], {})
-    rows = json.loads(output)
-    prompt = next(row for row in rows if row["n_prompt"] and not row["n_depth"])
-    new = next(row for row in rows if row["n_gen"] and row["n_depth"])
+    argv = [LLAMA_BENCH, "-m", model, "-t", sizes.threads, "-b", 2048, "-ub", 512, "-fa", "on", "-r", 1]
+    (prompt,) = json.loads(_run([*argv, "-p", sizes.prompt, "-n", 0, "-o", "json"], {}))
+    (new,) = json.loads(_run([*argv, "-p", 0, "-n", sizes.new, "-d", sizes.prompt, "-o", "json"], {}))
     return {"first_token_seconds": sizes.prompt / prompt["avg_ts"], "generation": float(new["avg_ts"])}
 
 
 def vllm_bench(model: Path, python: str, more: list[str], sizes: Sizes) -> Figures:
     """One turn of `vllm bench latency`, with one new token and with all of them."""
     seconds = {}
-    environment = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # As evalq starts it: the engine in the process itself.
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     if sizes.threads:
         environment["OMP_NUM_THREADS"] = str(sizes.threads)
     for new in (1, sizes.new):
