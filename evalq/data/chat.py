@@ -91,7 +91,7 @@ def require_answers(found: Sequence[Sequence[Message]], places: Sequence[str]) -
             roles = ", ".join(dict.fromkeys(shown(message["role"], 20) for message in messages))
             raise DataError(
                 f"{place} has no turn of the assistant, so nothing to score (its roles: {roles})",
-                'remove it; dataset "answers" has the reference answer such prompts',
+                'remove it, or have the reference answer all of them: "generate": {}',
             )
 
 

@@ -6,12 +6,12 @@ Where texts come from: `text_files` (files, folders), `tables` (.jsonl, .parquet
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from evalq.data.chat import FORM, Message, as_document, conversation, require_answers, said
+from evalq.data.chat import FORM, Message, as_document, conversation, prompts, require_answers, said
 from evalq.data.detokenize import detokenize, word_count
 from evalq.data.found import Found, names_of
 from evalq.data.hub_sets import Fetched, fetch, read
@@ -61,6 +61,10 @@ def load_text(spec: DataSpec, kept: Path, offline: bool) -> Text:
     builder = protocol_named(spec.protocol).text
     if builder == "conversations":
         chats = load_chats(spec, kept, offline)
+        if spec.generate is not None:
+            n = spec.generate.n
+            asked = prompts(chats.conversations[:n], chats.places[:n])
+            return chat_text(replace(chats, conversations=tuple(asked)))
         require_answers(chats.conversations, chats.places)
         return chat_text(chats)
     found = find_text(spec, kept, offline)
@@ -111,7 +115,7 @@ def load_chats(spec: DataSpec, kept: Path, offline: bool) -> Chats:
 
 
 def chat_text(chats: Chats) -> Text:
-    """Conversations as a text, with bytes and words of what the assistant says."""
+    """Conversations, or prompts, as a text, with bytes and words of what the assistant says."""
     documents = tuple(map(as_document, chats.conversations))
     answers = tuple(map(said, chats.conversations))
     return Text(

@@ -7,6 +7,7 @@
     STORE/families/FAMILY/KEY       results that differ in their windows only
     STORE/references/FAMILY/        what KL divergence against a reference needs of it (`evalq.results.kept`)
     STORE/speed/KEY.json            how fast a model is on a machine (`evalq.results.speed`)
+    STORE/answers/KEY/              a model's own answers to prompts (`evalq.results.answers`)
     STORE/locks/KEY.lock            one writer at a time for each result
     STORE/results/KEY/              one (data, model) pair; KEY is the SHA-256 of its identity
         identity.json               what was scored, with what
@@ -325,6 +326,10 @@ class Store:
     def speed(self, key: str, belongs_to: Mapping[str, Any]) -> KeptSpeed:
         """The figures of a model on a machine, there or not; `belongs_to` is what the key was made of."""
         return KeptSpeed(self.root / "speed" / f"{key}.json", belongs_to)
+
+    def answers(self, key: str) -> Path:
+        """Where a model's own answers are or go (`evalq.results.answers`)."""
+        return self.root / "answers" / key
 
     def join_family(self, family: str, key: str) -> None:
         """Note that a result belongs to a family. Raises StoreError."""

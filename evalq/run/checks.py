@@ -30,7 +30,12 @@ def check_positions(max_positions: int | None, plan: WindowPlan) -> None:
 def check_model(model: LoadedModel, stream: TokenStream, plan: WindowPlan) -> None:
     """Raise ModelError unless this model can be fed this stream: positions, vocabulary, tokenizer."""
     check_positions(model.max_positions, plan)
-    for what, ids in (("the text", stream.ids_N), ("what goes before every window", np.array(plan.prefix))):
+    check_tokens(model, stream, plan.prefix)
+
+
+def check_tokens(model: LoadedModel, stream: TokenStream, prefix: Sequence[int] = ()) -> None:
+    """Raise ModelError unless these are tokens of this model's own: vocabulary, tokenizer."""
+    for what, ids in (("the text", stream.ids_N), ("what goes before every window", np.array(prefix))):
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab_size:
             wrong = int(ids.max()) if ids.min() >= 0 else int(ids.min())
             raise ModelError(

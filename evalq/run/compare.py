@@ -17,6 +17,7 @@ from evalq.results.record import ResultRecord
 from evalq.results.reference import Candidate, Reference, choose, with_reference
 from evalq.results.store import Store
 from evalq.results.texts import text_names
+from evalq.run.answers import answered, model_of
 from evalq.run.beside import Asked, asked_of_others, asked_of_reference, kept_reference, noisy_reference
 from evalq.run.outcome import failed_record
 from evalq.run.per_byte import compared_by_bytes, own_tokens
@@ -76,7 +77,7 @@ def compare(
     reference = choose([_candidate(model) for model in models], settings.reference)
     if settings.noise_floor:
         models += noisy_reference(models, reference, store, settings, reporter.status)
-    data, unable = _prepared(data_specs, texts, models, store, settings, reporter)
+    data, unable = _prepared(data_specs, texts, models, reference, store, settings, reporter)
     records = _score_all(models, data, unable, reference, store, settings, reporter)
     compared = []
     for i, (name, say) in enumerate(_saying(reporter, _any(data)).items()):
@@ -94,13 +95,15 @@ def _prepared(
     specs: Sequence[DataSpec],
     texts: Sequence[Text],
     models: Sequence[PreparedModel | Unprepared],
+    reference: Reference | None,
     store: Store,
     settings: RunSettings,
     reporter: Reporter,
 ) -> tuple[_DataOfModels, dict[str, ModelError]]:
     """The texts by name for each model by label, and which models cannot be scored on them.
 
-    All models read the same tokens, except where bits per byte compare models with different tokenizers.
+    All models read the same tokens, except where bits per byte compare models with different tokenizers. A
+    text that is to be generated is what the reference answers.
     """
     labels = [model.spec.plain_label for model in models]
     if settings.per_byte:
@@ -110,6 +113,10 @@ def _prepared(
         return data, {label: found.refused for label, found in own.items() if found.refused is not None}
     prepared = []
     for spec, text in zip(specs, texts, strict=True):
+        if spec.generate is not None:
+            model = model_of(reference, models)
+            prepared.append(answered(spec, text, model, store, settings, reporter.status))
+            continue
         chosen = choose_tokenizer(spec, models, store, settings.offline)
         prepared.append(tokenized(spec, text, chosen, store, settings, reporter.status))
     return dict.fromkeys(labels, _named(prepared)), {}

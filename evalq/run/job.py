@@ -182,7 +182,39 @@ class SpeedJob(_Job):
     settings: SpeedSettings
 
 
-Job = TokenizeJob | ScoreJob | DecodeJob | SpeedJob
+class GenerateJob(_Job):
+    """Have a model answer the prompts of a stream whose answers are not kept yet.
+
+    Args:
+        load, forward: canonical names of the backends that load and generate.
+        load_fn: the name the spec used.
+        path: of the model.
+        overlay: of the tensors put over it, or None.
+        options: for the engine, checked.
+        trust_remote_code: whether the checkpoint's own code may run.
+        lora: adapter, or None.
+        prompts_file: the stream; each of its documents is a prompt.
+        new_tokens: the most that an answer has.
+        at_once: prompts that are answered together.
+        answers_dir: where answers go.
+    """
+
+    kind: Literal["generate"] = "generate"
+    load: str
+    forward: str
+    load_fn: str
+    path: str
+    overlay: str | None = None
+    options: dict[str, Any]
+    trust_remote_code: bool
+    lora: LoraJob | None = None
+    prompts_file: str
+    new_tokens: int
+    at_once: int
+    answers_dir: str
+
+
+Job = TokenizeJob | ScoreJob | DecodeJob | SpeedJob | GenerateJob
 _JOBS: TypeAdapter[Job] = TypeAdapter(Job)
 
 

@@ -88,6 +88,23 @@ def tokenized(
 ) -> PreparedData:
     """Tokenize a text, or read its tokens back from the store, and lay the windows over them.
 
+    Raises:
+        DataError: as `stream_of`, or the text is too short for the protocol.
+    """
+    whole, tokens_file = stream_of(spec, text, chosen, store, settings, say)
+    return laid_out(spec, text, whole, tokens_file)
+
+
+def stream_of(
+    spec: DataSpec,
+    text: Text,
+    chosen: TokenizerChoice,
+    store: Store,
+    settings: RunSettings,
+    say: Callable[[str], None],
+) -> tuple[TokenStream, Path]:
+    """A text's tokens and the file that keeps them.
+
     Args:
         spec: of the data.
         text: what to tokenize.
@@ -98,10 +115,12 @@ def tokenized(
         with_bytes: how many bytes each token stands for has to be known, which older streams do not hold.
 
     Raises:
-        DataError: the tokenizer fails, or the text is too short for the protocol.
+        DataError: the tokenizer fails.
     """
     special = stream_special_tokens(spec.protocol, spec.bos)
-    chat: ChatKind = "answers" if PROTOCOLS[spec.protocol].text == "conversations" else ""
+    chat: ChatKind = ""
+    if PROTOCOLS[spec.protocol].text == "conversations":
+        chat = "answers" if spec.generate is None else "prompts"
     depends_on = chosen.depends_on | {"special": special, "chat_template": spec.chat_template}
     depends_on |= {"chat": chat} if chat else {}
     tokens_file = store.tokens(key_of({"kind": "tokens", "text": text.sha256, "tokenizer": depends_on}))
@@ -113,11 +132,21 @@ def tokenized(
         whole = read_stream(tokens_file)
     if whole is None:
         raise DataError(f"cannot read back the tokens {tokens_file}")
-    return laid_out(spec, text, whole, tokens_file)
+    return whole, tokens_file
 
 
-def laid_out(spec: DataSpec, text: Text, whole: TokenStream, tokens_file: Path) -> PreparedData:
-    """The windows of a data spec over a kept stream. Raises DataError where it is too short."""
+def laid_out(
+    spec: DataSpec, text: Text, whole: TokenStream, tokens_file: Path, notes: tuple[str, ...] = ()
+) -> PreparedData:
+    """The windows of a data spec over a kept stream. Raises DataError where it is too short.
+
+    Args:
+        spec: of the data.
+        text: as found.
+        whole: its tokens.
+        tokens_file: where they are kept.
+        notes: on how they were made.
+    """
     stream = cut(whole, spec.max_tokens)
     protocol = settings_of(spec, stream.prefix_ids)
     plan = plan_windows(protocol, stream.facts, stream.mask_N)
@@ -130,7 +159,7 @@ def laid_out(spec: DataSpec, text: Text, whole: TokenStream, tokens_file: Path) 
         plan,
         _comparison(text, stream, protocol, plan),
         _scale(text, whole, stream, spec, protocol),
-        _cut_notes(stream, protocol, plan),
+        (*notes, *_cut_notes(stream, protocol, plan)),
     )
 
 
@@ -258,7 +287,8 @@ def _scale(
     text: Text, whole: TokenStream, stream: TokenStream, spec: DataSpec, settings: ProtocolSettings
 ) -> TextScale:
     n_counted = len(whole.ids_N) if whole.mask_N is None else int(whole.mask_N.sum())
-    per_token = sum(text.bytes_per_document) / n_counted
+    n_bytes = sum(text.bytes_per_document)
+    per_token = n_bytes / n_counted if n_bytes else None  # of answers whose text is not known
     if not PROTOCOLS[settings.name].scores_all or len(stream.ids_N) < len(whole.ids_N):
         return TextScale(bytes_per_token=per_token)
     documents = slice(None, settings.max_rows)

@@ -22,7 +22,8 @@ from typing import Any, TextIO
 
 from evalq.engine.failures import from_exception, remedy_of
 from evalq.errors import EvalqError, ModelError, StoreError
-from evalq.run.job import DecodeJob, ScoreJob, SpeedJob, TokenizeJob, from_line
+from evalq.run.generating import generate
+from evalq.run.job import DecodeJob, GenerateJob, ScoreJob, SpeedJob, TokenizeJob, from_line
 from evalq.run.scoring import score
 from evalq.run.timing import time_model
 from evalq.run.tokenizing import decode, tokenize
@@ -48,6 +49,8 @@ def main() -> int:
             decode(job, told)
         elif isinstance(job, SpeedJob):
             time_model(job, told)
+        elif isinstance(job, GenerateJob):
+            generate(job, told)
         else:
             assert isinstance(job, ScoreJob)
             score(job, told)

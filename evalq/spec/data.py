@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from evalq.spec.base import MOST, Name, PathText, resolve_path, shown
+from evalq.spec.base import MOST, Name, PathText, Spec, resolve_path, shown
 from evalq.spec.texts import TextFields, holds_messages
 
 # Window of the GPTQ papers, in tokens.
@@ -13,6 +13,17 @@ _PAPERS_LEN = 2048
 
 # The protocol of conversations, as in `evalq.data.protocols`.
 CHAT = "chat"
+
+
+# The shipped text whose questions are asked where none are named.
+QUESTIONS = "sample-chat"
+
+
+class Generate(Spec):
+    """The reference model answers conversations: each is cut before the assistant's first turn."""
+
+    new_tokens: int = Field(default=256, ge=1, le=MOST, description="the most tokens of an answer")
+    n: int = Field(default=16, ge=1, le=MOST, description="only the first so many conversations")
 
 
 class DataSpec(TextFields):
@@ -38,6 +49,10 @@ class DataSpec(TextFields):
         default=0, ge=0, le=MOST, description="first tokens of each window that are not scored"
     )
     chat_template: bool = Field(default=False, description="put an empty chat in front of every window")
+    generate: Generate | None = Field(
+        default=None,
+        description="the reference answers the conversations once, greedily, and all are scored on that",
+    )
     dataset_display_name: str | None = Field(default=None, description="compare_q's, for its chart; not used")
     display_rows: int | None = Field(default=None, description="compare_q's, for its chart; not used")
     display_eval_len: int | None = Field(default=None, description="compare_q's, for its chart; not used")
@@ -50,7 +65,10 @@ class DataSpec(TextFields):
         """Conversations have a protocol of their own, which need not be named."""
         if not isinstance(raw, dict):
             return raw
-        if raw.get("format") is None and holds_messages(raw.get("dataset")):
+        if isinstance(raw.get("generate"), dict) and raw.get("dataset") is None:
+            raw = raw | {"dataset": QUESTIONS}
+        chats = holds_messages(raw.get("dataset")) or isinstance(raw.get("generate"), dict)
+        if raw.get("format") is None and chats:
             raw = raw | {"format": "messages"}
         if raw.get("format") == "messages" and raw.get("protocol") is None:
             raw = raw | {"protocol": CHAT}
@@ -62,6 +80,8 @@ class DataSpec(TextFields):
             raise ValueError(self.wrong_protocol)
         if self.format == "messages" and self.chat_template:
             raise ValueError('format "messages" has whole chats: remove "chat_template"')
+        if self.format == "text" and self.generate is not None:
+            raise ValueError('"generate" answers conversations: set "format": "messages"')
         return self
 
     @property
