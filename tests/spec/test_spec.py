@@ -24,7 +24,7 @@ from evalq.spec import (
 from evalq.spec.schema import schemas, text
 from evalq.spec.texts import NAMED_TEXTS
 
-SHIPPED_DATA = [f"{name}.json" for name in NAMED_TEXTS]
+SHIPPED_DATA = ["answers.json", *(f"{name}.json" for name in NAMED_TEXTS)]
 SHIPPED_MODELS = sorted(
     path.name for path in (ROOT / "specs").glob("*.json") if path.name not in SHIPPED_DATA
 )
