@@ -91,7 +91,7 @@ def tokenized(
     Raises:
         DataError: as `stream_of`, or the text is too short for the protocol.
     """
-    whole, tokens_file = stream_of(spec, text, chosen, store, settings, say)
+    whole, tokens_file = stream_of(spec, text, chosen, store, settings, say, with_bytes)
     return laid_out(spec, text, whole, tokens_file)
 
 
@@ -102,6 +102,7 @@ def stream_of(
     store: Store,
     settings: RunSettings,
     say: Callable[[str], None],
+    with_bytes: bool = False,
 ) -> tuple[TokenStream, Path]:
     """A text's tokens and the file that keeps them.
 
