@@ -74,7 +74,8 @@ def _text(content: Any, where: str) -> str:
         text = part.get("text") if isinstance(part, Mapping) else None
         if kind != "text" or not isinstance(text, str):
             remedy = 'only parts {"type": "text", "text": "..."} are taken'
-            raise DataError(f'{where} holds a part of type "{shown(str(kind), 20)}"', remedy)
+            what = f'of type "{shown(str(kind), 20)}"' if kind != "text" else "without its text"
+            raise DataError(f"{where} holds a part {what}", remedy)
         texts.append(text)
     return "".join(texts)
 

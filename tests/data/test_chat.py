@@ -37,6 +37,7 @@ def test_parts_of_text_are_joined_and_other_keys_left_out() -> None:
         ([{"role": "user", "content": None}], "message 1 has no text as its content .calls of tools"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], 'a part of type "image_url" .only parts'),
         ([{"role": "user", "content": ["x"]}], 'holds a part of type "str"'),
+        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "holds a part without its text"),
         ([{"role": "assistant", "content": " \n"}], "the assistant says nothing"),
         ([{"role": "user", "content": "\ud800"}], "half of a surrogate pair"),
     ],

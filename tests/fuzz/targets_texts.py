@@ -7,10 +7,13 @@ import tempfile
 from pathlib import Path
 
 from fuzz.harness import Target
-from fuzz.mutators import mutate_bytes, mutate_text
+from fuzz.mutators import mutate_bytes, mutate_json, mutate_text
 
+from evalq.backends.fake import FakeBackend
+from evalq.data.chat import from_document
 from evalq.data.sources import load_text
 from evalq.data.tables import read_table
+from evalq.run.chat import tokenized_chat, tokenized_prompt
 from evalq.spec import DataSpec
 
 _ROWS = (
@@ -78,7 +81,41 @@ def _read_folder(data: bytes) -> None:
             load_text(spec, Path(folder), offline=True)
 
 
+_CHATS = (
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Yes 🙂."}]},
+    {
+        "messages": [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": "one"},
+            {"role": "user", "content": "more", "name": "x"},
+            {"role": "assistant", "content": "two"},
+        ]
+    },
+)
+
+
+def _read_chats(data: bytes) -> None:
+    """As prompts and as a text, through a tokenizer with a template, which refuses roles in its own way."""
+    tokenizer = FakeBackend().load_tokenizer(Path())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "chats.jsonl"
+        path.write_bytes(data)
+        for tokenized, generate in ((tokenized_prompt, {}), (tokenized_chat, None)):
+            raw = {"dataset": "text", "path": str(path), "format": "messages", "generate": generate}
+            found = load_text(DataSpec.model_validate(raw), Path(folder), offline=True)
+            for document in found.documents:
+                try:
+                    tokenized(tokenizer, from_document(document))
+                except ValueError as error:
+                    if not str(error).startswith("no such role"):
+                        raise
+
+
 TARGETS = (
+    Target(
+        "conversations", lambda: tuple(json.dumps(one).encode() for one in _CHATS), _read_chats, mutate_json
+    ),
     Target("rows of JSON Lines", lambda: (_lines(),), _read_lines, mutate_text),
     Target(
         "rows of JSON Lines, gzipped", lambda: (gzip.compress(_lines(), mtime=0),), _read_gzip, mutate_bytes
