@@ -67,13 +67,15 @@ OPTIONS = {
     "batch_windows": Option(
         (int,), "windows per batch (default: as many as fit in 2048 tokens, at least 1)", minimum=1
     ),
-    "head_chunk_mib": Option((int,), "most MiB of logits at once (default 32, 128 with --kld)", minimum=1),
+    "head_chunk_mib": Option(
+        (int,), "most MiB of logits at once (default 32; 192 rows with --kld)", minimum=1
+    ),
 }
 _INSTALL = "pip install exllamav3"
 BATCH_TOKENS = 2048
 HEAD_CHUNK_MIB = 32
-# Beside a reference two heads are read for every chunk: fewer and larger ones.
-BESIDE_CHUNK_MIB = 128
+# Beside a reference two heads are read for every chunk, which pays from so many rows on.
+BESIDE_CHUNK_ROWS = 192
 
 
 class Exl3Backend(Backend):
@@ -164,9 +166,10 @@ def _load(request: LoadRequest) -> LoadedModel:
     inputs = max(INPUT_TOKENS_MIN, request.window_tokens - 1)
     batch_windows = options.get("batch_windows", max(1, BATCH_TOKENS // inputs))
     vocab_size = int(model.config.vocab_size)
-    usual_mib = HEAD_CHUNK_MIB if request.reference is None else BESIDE_CHUNK_MIB
-    chunk_bytes = options.get("head_chunk_mib", usual_mib) * MIB // request.divide_work
+    chunk_bytes = options.get("head_chunk_mib", HEAD_CHUNK_MIB) * MIB // request.divide_work
     chunk_rows = max(CHUNK_ROWS_MIN, chunk_bytes // (4 * vocab_size))
+    if request.reference is not None and "head_chunk_mib" not in options:
+        chunk_rows = max(chunk_rows, BESIDE_CHUNK_ROWS // request.divide_work)
     steps = steps_of(model, request, batch_windows, INPUT_TOKENS_MIN)
     generation = room_for(model, request)
     if not streaming:
