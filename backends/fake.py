@@ -66,6 +66,7 @@ OPTIONS = {
             "no-top1",
             "hold-interpreter",
             "ignore-cache",
+            "hide-cache",
             "no-generate",
             "oom-generate",
         ),
@@ -146,8 +147,10 @@ class FakeBackend(Backend):
             raise ModelError("closed twice", "engine_error")
         model.handle = None
 
-    def score_other_cache(self, model: LoadedModel, batch: Batch) -> Scores:
+    def score_other_cache(self, model: LoadedModel, batch: Batch) -> Scores | None:
         """Without the rounding that it makes up for a cache."""
+        if model.handle.get("misbehave") == "hide-cache":
+            return None
         plain = {name: value for name, value in model.handle.items() if name != KV_CACHE}
         return _score(replace(model, handle=plain), batch)
 
@@ -192,7 +195,7 @@ def _score(model: LoadedModel, batch: Batch) -> Scores:
     else:
         logprob = _hashed(batch.ids_BT, batch.first_target, options.get("seed", 0))
     cache = cache_of(options)
-    if cache is not None and options.get("misbehave") != "ignore-cache":
+    if cache is not None and options.get("misbehave") not in ("ignore-cache", "hide-cache"):
         logprob *= np.float32(1 + 2**-cache.bits)
     long_enough = batch.ids_BT.shape[1] >= options.get("misbehave_from", 0)
     if long_enough and options["scored"] >= options.get("misbehave_after", 0):

@@ -15,13 +15,14 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evalq.backends._hf_cache import CACHES, cache_bits, new_cache
 from evalq.backends._hf_experts import ExpertCounter
 from evalq.backends._hf_generate import generate
 from evalq.backends._hf_noise import LayerNoise
@@ -56,10 +57,11 @@ from evalq.engine.backend import (
     Scores,
     Tokenizer,
     check_generation,
+    kv_cache_option,
     reading_ahead,
 )
 from evalq.engine.columns import REFERENCE_ROWS
-from evalq.engine.kv_cache import step_bounds
+from evalq.engine.kv_cache import KV_CACHE, step_bounds
 from evalq.engine.reference import ReferenceHead
 from evalq.errors import ModelError
 from evalq.files import read_json
@@ -72,6 +74,7 @@ OPTIONS = {
         numeric=True,
     ),
     "device": Option((str,), "auto (CUDA, then MPS, then CPU), cpu, cuda:N, mps, or balanced over all GPUs"),
+    KV_CACHE: kv_cache_option(CACHES),
     "attention": Option(
         (str,),
         "sdpa (default), eager or flash_attention_2",
@@ -110,6 +113,7 @@ class _Handle:
         kept: how this model's distributions are kept as a reference; None where they are not asked for.
         reference: distributions that this model is compared with, or None.
         step_tokens: tokens of a window in one forward pass at most, None for all of them.
+        cache_bits: of HQQ's cache between them; None for an unquantized one.
     """
 
     model: Any
@@ -119,6 +123,7 @@ class _Handle:
     kept: ReferenceHead | None = None
     reference: TorchReference | None = None
     step_tokens: int | None = None
+    cache_bits: int | None = None
 
 
 class HfBackend(Backend):
@@ -151,7 +156,14 @@ class HfBackend(Backend):
     ) -> Generated:
         """All prompts as one batch, as transformers generates. Raises ModelError."""
         check_generation(prompts, new_tokens, model.max_positions, model.vocab_size)
+        if model.handle.cache_bits is not None:
+            message = "hf scores with a quantized KV cache, and generates with an unquantized one only"
+            raise ModelError(message, "bad_option", f"remove {KV_CACHE}")
         return generate(model.handle.model, prompts, new_tokens, stop_ids)
+
+    def score_other_cache(self, model: LoadedModel, batch: Batch) -> Scores:
+        """Through an unquantized cache."""
+        return _score(replace(model.handle, cache_bits=None), batch)
 
     def close(self, model: LoadedModel) -> None:
         """Free the model and, on a GPU, torch's cache."""
@@ -193,6 +205,7 @@ def _load(request: LoadRequest) -> LoadedModel:
     chunk_bytes = options.get("head_chunk_mib", HEAD_CHUNK_MIB) * MIB // request.divide_work
     handle = _Handle(model, _body_of(model), head, max(1, chunk_bytes // (4 * vocab_size)))
     handle.step_tokens = request.step_tokens
+    handle.cache_bits = cache_bits(request.options, str(model.dtype))
     noise = options.get(LAYER_NOISE, 0)
     if noise:
         LayerNoise(handle.body or model, int(_text_config(model).num_hidden_layers), noise)
@@ -252,10 +265,8 @@ def _rows(handle: "_Handle", inputs_BT: Any, first: int) -> Any:
     if handle.step_tokens is None or n_inputs <= handle.step_tokens:
         return _forward(handle, inputs_BT, n_inputs - first, {"use_cache": False})
     import torch
-    from transformers import DynamicCache
 
-    # Of the model's own kinds of layers: full, sliding windows, states.
-    through = {"use_cache": True, "past_key_values": DynamicCache(config=handle.model.config)}
+    through = {"use_cache": True, "past_key_values": new_cache(handle.model, handle.cache_bits)}
     found = []
     for start, end in pairwise(step_bounds(n_inputs, handle.step_tokens)):
         step_BT = inputs_BT[:, start:end]

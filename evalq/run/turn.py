@@ -19,6 +19,7 @@ from evalq.results.kept import NOT_KEPT, KeptReference, stored_names
 from evalq.results.record import ResultRecord
 from evalq.results.store import ResultDir, Store, family_of, key_of
 from evalq.run.beside import Asked
+from evalq.run.cache_check import check_stored
 from evalq.run.checks import check_positions
 from evalq.run.job import LoraJob, ScoreJob, TextJob
 from evalq.run.outcome import failed_record, remembered_record, scored_record
@@ -161,6 +162,7 @@ class _Text:
             return None
         self.result.tidy()
         try:
+            check_stored(store, self.identity, self.result)
             record = scored_record(self.model, self.data, dict(self.identity), self.result)
         except ModelError as error:
             return self.failed(error)

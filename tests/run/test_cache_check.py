@@ -53,6 +53,18 @@ def test_cache_that_is_not_read_is_refused(runs: Runs) -> None:
     assert "\n" not in error["message"] and ignored["kv_bits"] == 8.5
 
 
+def test_an_engine_that_cannot_tell_is_said_so_and_held_against_stored_results(runs: Runs) -> None:
+    hidden = cached("q8_0", misbehave="hide-cache")
+    _, (alone,) = runs.compare(runs.data(), runs.models(hidden))
+    assert alone["status"] == "ok"
+    assert "whether the KV cache in q8_0 is read was not checked: the engine cannot tell" in alone["notes"]
+    plain = {"options": {"misbehave": "hide-cache"}}
+    code, (_, found) = runs.compare(runs.data(), runs.models(plain, hidden))
+    assert code == 1 and found["error"]["category"] == "not_measured"
+    message = found["error"]["message"]
+    assert "every score with the q8_0 cache is, bit for bit, the one with the unquantized cache" in message
+
+
 def test_unquantized_cache_needs_no_check(runs: Runs) -> None:
     code, (record,) = runs.compare(runs.data(), runs.models(cached("fp16", misbehave="ignore-cache")))
     assert code == 0 and record["status"] == "ok"
