@@ -36,18 +36,21 @@ examples:
   %(prog)s -d wiki2.json -m nvfp4.json exl3.json -p        WikiText-2, chart in plots/out/
   %(prog)s -d wiki.test.raw -m bf16/ a.gguf owner/name     no specs: a text, a folder, a file, a hub name
   %(prog)s -d wiki2.json -m my/*.json --markdown           your own models, as a table for a README
-  %(prog)s -d wiki2.json -m gguf.json --protocol llama.cpp the windows of llama-perplexity
+  %(prog)s -d wiki2.json -m gguf.json --protocol llama.cpp  the windows of llama-perplexity
   %(prog)s -d wiki2.json -m exl3.json -p -v -dark          GiB instead of bits per weight, dark
   %(prog)s -d wiki2.json -m bf16/ *.gguf --chart-speed     tokens per second beside quality, and as a chart
   %(prog)s -d wiki2.json -m bf16/ Q4_K_M.gguf -kld         KL divergence from bf16/ instead of perplexity
   %(prog)s -d wiki2 sample-code mine.txt -m bf16/ a.gguf   several texts: a column each, and their mean
 
-a data spec:   {"dataset": "text", "path": "my.txt", "protocol": "exllamav3", "eval_len": 2048}
-a model spec:  {"load_fn": "hf", "label": "INT4 g128", "model_dir": "models/int4"}      or a list of these
+a data spec:
+  {"dataset": "text", "path": "my.txt", "protocol": "gptq", "eval_len": 2048}
+a model spec, or a list of these:
+  {"load_fn": "hf", "label": "INT4 g128", "model_dir": "models/int4"}
+
 A spec without a path that is not in this folder is looked up among the shipped ones (evalq/specs).
 "evalq backends -v" lists load_fn and the options of each engine.
 
-exit code: 0 all scored, 1 some model failed, 2 bad usage or spec, 130 interrupted"""
+exit code: 0 all scored, 1 some model failed, 2 bad usage, 130 interrupted"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +69,8 @@ def _add_what(what: argparse._ArgumentGroup) -> None:
         required=True,
         nargs="+",
         metavar="SPEC",
-        help="data specs (JSON) or text files; each model is loaded once and scored on all of them",
+        help="data specs (JSON), names of shipped ones (wiki2, sample-code) or text files; each model is "
+        "loaded once and scored on all of them",
     )
     what.add_argument(
         "-m",

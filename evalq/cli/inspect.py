@@ -18,9 +18,8 @@ EXAMPLES = """\
 examples:
   evalq inspect models/llama-int4                       a checkpoint directory
   evalq inspect Q4_K_M.gguf --plot                      a GGUF file; where the bytes are, in plots/out/
-  evalq inspect RedHatAI/Llama-3.1-8B-Instruct-quantized.w4a16
-                                                        a model on the hub, without its weights
   evalq inspect turboderp/Llama-3.1-8B-Instruct-exl3 --revision 4.0bpw
+      a model on the hub, without its weights
   evalq inspect models/mine --deep --json               the values of the scales too, for a script
 
 exit code: 0 sound (warnings included), 1 a finding says it is broken, 2 no model there or a damaged file"""

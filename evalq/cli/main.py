@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from rich_argparse import RawDescriptionRichHelpFormatter
-
+from evalq.cli.help import HelpFormatter
 from evalq.version import __version__
 
 DESCRIPTION = """\
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="evalq",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=RawDescriptionRichHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"evalq {__version__}")
@@ -88,7 +87,7 @@ def compare_main(argv: Sequence[str] | None = None) -> int:
 
 def _declare(parser: argparse.ArgumentParser, command: ModuleType) -> None:
     parser.description, parser.epilog = command.DESCRIPTION, command.EXAMPLES
-    parser.formatter_class, parser.allow_abbrev = RawDescriptionRichHelpFormatter, False
+    parser.formatter_class, parser.allow_abbrev = HelpFormatter, False
     command.add_arguments(parser)
     parser.set_defaults(run=command.run)
 

@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT, Runs
 from rich.cells import cell_len
 
+from evalq.cli.main import COMMANDS
+
 EVIL = "Evil \x1b]0;owned\x07\x1b[2J\x9b31m [red]:dog: \u202eabc"
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -69,6 +71,21 @@ def test_other_tables_fit_80_columns(runs: Runs, command: str) -> None:
     out = on_terminal(runs, 80, sys.executable, "-m", "evalq", command)
     assert "llama-cpp-python" in out
     assert all(cell_len(line) <= 80 for line in out.splitlines())
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_help_fits_the_terminal_and_loses_no_word(command: str, columns: str) -> None:
+    asked = [sys.executable, "-m", "evalq", *filter(None, [command]), "--help"]
+
+    def said(columns: str) -> str:
+        return subprocess.run(
+            asked, env=os.environ | {"COLUMNS": columns}, capture_output=True, text=True, check=True
+        ).stdout
+
+    out = said(columns)
+    assert max(map(len, out.splitlines())) <= int(columns)
+    assert sorted(out.split()) == sorted(said("200").split())
 
 
 def test_a_pipe_gets_whole_lines(runs: Runs) -> None:
