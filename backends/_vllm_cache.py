@@ -91,10 +91,14 @@ def scale_notes(llm: Any, bits: float | None) -> list[str]:
     scales = {scale for found in llm.collective_rpc(_scales) for scale in found}
     if bits != 8 or scales != {1.0}:
         return []
+    dtype = str(llm.llm_engine.vllm_config.cache_config.cache_dtype)
+    rounds = "e4m3 cuts off what exceeds 448 and keeps 3 bits of mantissa"
+    if dtype == "fp8_e5m2":
+        rounds = "e5m2 keeps 2 bits of mantissa"
     return [
-        "the FP8 KV cache has scales of 1.0, because the checkpoint brings none: e4m3 cuts off what exceeds "
-        "448 and keeps 3 bits of mantissa, so a model with large keys (Qwen2.5) can lose far more than 8 "
-        "bits must cost; take a checkpoint with calibrated k_scale and v_scale, or a 16-bit cache"
+        f"the FP8 KV cache has scales of 1.0, because the checkpoint brings none: {rounds}, so a model with "
+        "large keys (Qwen2.5) can lose far more than 8 bits must cost; take a checkpoint with calibrated "
+        "k_scale and v_scale, or a 16-bit cache"
     ]
 
 

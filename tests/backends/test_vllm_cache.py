@@ -69,7 +69,11 @@ class StandIn:
     """LLM whose worker holds what a test says."""
 
     def __init__(
-        self, sizes: list[int], dtype: str = "torch.bfloat16", scales: tuple[float, ...] = ()
+        self,
+        sizes: list[int],
+        dtype: str = "torch.bfloat16",
+        scales: tuple[float, ...] = (),
+        cache_dtype: str = "fp8",
     ) -> None:
         layers = {str(i): SimpleNamespace(_k_scale_float=s, _v_scale_float=s) for i, s in enumerate(scales)}
         caches = [SimpleNamespace(element_size=lambda size=size: size) for size in sizes]
@@ -77,8 +81,10 @@ class StandIn:
             model_runner=SimpleNamespace(kv_caches=[*caches, ["a state"]]),
             vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers)),
         )
-        model = SimpleNamespace(model_config=SimpleNamespace(dtype=dtype))
-        self.llm_engine = SimpleNamespace(vllm_config=model)
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(dtype=dtype), cache_config=SimpleNamespace(cache_dtype=cache_dtype)
+        )
+        self.llm_engine = SimpleNamespace(vllm_config=config)
 
     def collective_rpc(self, method: Callable[[Any], Any]) -> list[Any]:
         return [method(self.worker)]
@@ -118,7 +124,9 @@ def test_another_type_than_asked_for_is_not_measured(
 
 def test_uncalibrated_scales_are_told() -> None:
     (note,) = scale_notes(StandIn([1], scales=(1.0, 1.0)), 8)
-    assert "scales of 1.0" in note and "k_scale and v_scale" in note
+    assert "scales of 1.0" in note and "e4m3" in note and "k_scale and v_scale" in note
+    (note,) = scale_notes(StandIn([1], scales=(1.0,), cache_dtype="fp8_e5m2"), 8)
+    assert "e5m2 keeps 2 bits" in note and "e4m3" not in note
     assert scale_notes(StandIn([1], scales=(0.5, 1.0)), 8) == []
     assert scale_notes(StandIn([2], scales=(1.0,)), 16) == []
     assert scale_notes(StandIn([1]), 8) == []
