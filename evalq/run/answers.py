@@ -24,7 +24,7 @@ from evalq.files import write_atomic, write_json
 from evalq.results.answers import KeptAnswers, documents
 from evalq.results.reference import Reference
 from evalq.results.store import Store, key_of
-from evalq.run.job import DecodeJob, DecodePiece, GenerateJob, LoraJob
+from evalq.run.job import DecodeJob, DecodePiece, GenerateJob
 from evalq.run.prepare_data import PreparedData, TokenizerChoice, choose_tokenizer, laid_out, stream_of
 from evalq.run.prepare_model import PreparedModel, Unprepared
 from evalq.run.process import Event, RunSettings, WorkerSettings, run_worker
@@ -177,16 +177,8 @@ class _Asked:
             raise _cannot(model, error) from None
 
     def _job(self, model: PreparedModel, at_once: int) -> GenerateJob:
-        lora = model.adapter
         return GenerateJob(
-            load=model.engine.load,
-            forward=model.engine.forward,
-            load_fn=model.spec.load_fn,
-            path=str(model.files.path),
-            overlay=None if model.files.overlay is None else str(model.files.overlay),
-            options=model.engine.options,
-            trust_remote_code=model.spec.trust_remote_code,
-            lora=None if lora is None else LoraJob(path=str(lora.path), name=lora.name),
+            **model.for_job,
             prompts_file=str(self.prompts_file.resolve()),
             new_tokens=self.generate_spec.new_tokens,
             at_once=at_once,

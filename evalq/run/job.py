@@ -120,24 +120,19 @@ class TextJob(BaseModel):
     reference: str | None = None
 
 
-class ScoreJob(_Job):
-    """Load a model once and score texts with it, one after the other.
+class ModelJob(_Job):
+    """What every job says of the model that it loads.
 
     Args:
-        load, forward: canonical names of the backends that load and score.
+        load, forward: canonical names of the backends that load it, and that score or generate with it.
         load_fn: the name the spec used.
         path: of the model.
         overlay: of the tensors put over it, or None.
         options: for the engine, checked.
         trust_remote_code: whether the checkpoint's own code may run.
-        versions: what the results' identities say of an engine that runs elsewhere; {} for one here.
-        texts: what to score, at least one; their references, where they have some, share one head.
         lora: adapter, or None.
-        keep_most_bytes: the most that what is kept of one text may take, None for any.
-        divide_work: by how much to divide what is computed at once.
     """
 
-    kind: Literal["score"] = "score"
     load: str
     forward: str
     load_fn: str
@@ -145,54 +140,45 @@ class ScoreJob(_Job):
     overlay: str | None = None
     options: dict[str, Any]
     trust_remote_code: bool
+    lora: LoraJob | None = None
+
+
+class ScoreJob(ModelJob):
+    """Load a model once and score texts with it, one after the other.
+
+    Args:
+        versions: what the results' identities say of an engine that runs elsewhere; {} for one here.
+        texts: what to score, at least one; their references, where they have some, share one head.
+        keep_most_bytes: the most that what is kept of one text may take, None for any.
+        divide_work: by how much to divide what is computed at once.
+    """
+
+    kind: Literal["score"] = "score"
     versions: dict[str, str] = {}
     texts: tuple[TextJob, ...] = Field(min_length=1)
-    lora: LoraJob | None = None
     divide_work: int = 1
     keep_most_bytes: int | None = None
 
 
-class SpeedJob(_Job):
+class SpeedJob(ModelJob):
     """Time a model: load it once, repeat each part of what is asked.
 
     Args:
-        load, forward: canonical names of the backends that load, and that generate and score.
-        load_fn: the name the spec used.
-        path: of the model.
-        overlay: of the tensors put over it, or None.
-        options: for the engine, checked.
-        trust_remote_code: whether the checkpoint's own code may run.
-        lora: adapter, or None.
         tokens_file: the stream that prompts are cut from.
         parts: what to measure.
         settings: lengths, batch and repetitions.
     """
 
     kind: Literal["speed"] = "speed"
-    load: str
-    forward: str
-    load_fn: str
-    path: str
-    overlay: str | None = None
-    options: dict[str, Any]
-    trust_remote_code: bool
-    lora: LoraJob | None = None
     tokens_file: str
     parts: tuple[Part, ...]
     settings: SpeedSettings
 
 
-class GenerateJob(_Job):
+class GenerateJob(ModelJob):
     """Have a model answer the prompts of a stream whose answers are not kept yet.
 
     Args:
-        load, forward: canonical names of the backends that load and generate.
-        load_fn: the name the spec used.
-        path: of the model.
-        overlay: of the tensors put over it, or None.
-        options: for the engine, checked.
-        trust_remote_code: whether the checkpoint's own code may run.
-        lora: adapter, or None.
         prompts_file: the stream; each of its documents is a prompt.
         new_tokens: the most that an answer has.
         at_once: prompts that are answered together.
@@ -200,14 +186,6 @@ class GenerateJob(_Job):
     """
 
     kind: Literal["generate"] = "generate"
-    load: str
-    forward: str
-    load_fn: str
-    path: str
-    overlay: str | None = None
-    options: dict[str, Any]
-    trust_remote_code: bool
-    lora: LoraJob | None = None
     prompts_file: str
     new_tokens: int
     at_once: int

@@ -22,6 +22,7 @@ from evalq.files import read_json, write_json
 from evalq.inspect.consistency import require_sound
 from evalq.results.record import ModelFacts
 from evalq.results.store import Store, key_of
+from evalq.run.job import LoraJob
 from evalq.spec import LoraSpec, ModelSpec
 from evalq.spec.config import engine_python, python_for
 
@@ -75,6 +76,21 @@ class PreparedModel:
     legacy_identity: dict[str, Any]
     derived: bool = False
     adapter: Adapter | None = None
+
+    @property
+    def for_job(self) -> dict[str, Any]:
+        """The fields of ModelJob."""
+        overlay, lora = self.files.overlay, self.adapter
+        return {
+            "load": self.engine.load,
+            "forward": self.engine.forward,
+            "load_fn": self.spec.load_fn,
+            "path": str(self.files.path),
+            "overlay": None if overlay is None else str(overlay),
+            "options": self.engine.options,
+            "trust_remote_code": self.spec.trust_remote_code,
+            "lora": None if lora is None else LoraJob(path=str(lora.path), name=lora.name),
+        }
 
 
 def prepare(spec: ModelSpec, store: Store, offline: bool) -> PreparedModel | Unprepared:

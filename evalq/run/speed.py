@@ -15,7 +15,7 @@ from evalq.machine import environment, this_machine
 from evalq.results.record import ResultRecord
 from evalq.results.speed import FIGURES, PARTS, Figure, KeptSpeed, Part, Repeated, Speed, SpeedSettings
 from evalq.results.store import Store, key_of
-from evalq.run.job import LoraJob, SpeedJob
+from evalq.run.job import SpeedJob
 from evalq.run.prepare_data import PreparedData
 from evalq.run.prepare_model import PreparedModel
 from evalq.run.process import Event, RunSettings, WorkerSettings, run_worker
@@ -193,16 +193,8 @@ def _belongs_to(model: PreparedModel, data: PreparedData, settings: SpeedSetting
 def _job(
     model: PreparedModel, data: PreparedData, parts: tuple[Part, ...], settings: SpeedSettings
 ) -> SpeedJob:
-    lora = model.adapter
     return SpeedJob(
-        load=model.engine.load,
-        forward=model.engine.forward,
-        load_fn=model.spec.load_fn,
-        path=str(model.files.path),
-        overlay=None if model.files.overlay is None else str(model.files.overlay),
-        options=model.engine.options,
-        trust_remote_code=model.spec.trust_remote_code,
-        lora=None if lora is None else LoraJob(path=str(lora.path), name=lora.name),
+        **model.for_job,
         tokens_file=str(data.tokens_file.resolve()),
         parts=parts,
         settings=settings,

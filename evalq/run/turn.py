@@ -21,7 +21,7 @@ from evalq.results.store import ResultDir, Store, family_of, key_of
 from evalq.run.beside import Asked
 from evalq.run.cache_check import check_stored
 from evalq.run.checks import check_positions
-from evalq.run.job import LoraJob, ScoreJob, TextJob
+from evalq.run.job import ScoreJob, TextJob
 from evalq.run.outcome import failed_record, remembered_record, scored_record
 from evalq.run.predict import predict, require_fit
 from evalq.run.prepare_data import PreparedData
@@ -276,19 +276,11 @@ def _head_of(text: _Text) -> str | None:
 
 
 def _job(model: PreparedModel, texts: Sequence[TextJob], settings: RunSettings) -> ScoreJob:
-    lora = model.adapter
     return ScoreJob(
-        load=model.engine.load,
-        forward=model.engine.forward,
-        load_fn=model.spec.load_fn,
-        path=str(model.files.path),
-        overlay=None if model.files.overlay is None else str(model.files.overlay),
-        options=model.engine.options,
-        trust_remote_code=model.spec.trust_remote_code,
+        **model.for_job,
         versions=model.versions if model.remote else {},
         texts=tuple(texts),
         keep_most_bytes=settings.reference_most_bytes,
-        lora=None if lora is None else LoraJob(path=str(lora.path), name=lora.name),
     )
 
 
