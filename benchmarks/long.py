@@ -220,12 +220,14 @@ def tables(facts: Mapping[str, Any]) -> list[str]:
     reference = next(record for record in facts["records"] if record["is_reference"])
     names = [_name(at) for at in reference["by_position"]]
     others = [record for record in facts["records"] if record["beside"]]
-    lines = [f"| PPL | tok/s | {' | '.join(names)} |", "|---|---:|" + "---:|" * len(names)]
+    timed = any(record["tokens_per_second"] for record in facts["records"])
+    head = ["PPL", *(["tok/s"] if timed else []), *names]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     own = [f"{at['metrics']['ppl']['value']:.4f}" for at in reference["by_position"]]
-    lines.append(f"| {reference['label']} | {_speed(reference)} | {' | '.join(own)} |")
-    for record in others:
-        cells = [_cell(record, name, "ln_ratio") for name in names]
-        lines.append(f"| {record['label']} | {_speed(record)} | {' | '.join(cells)} |")
+    rows = [(reference, own), *((r, [_cell(r, name, "ln_ratio") for name in names]) for r in others)]
+    for record, cells in rows:
+        cells = [record["label"], *([_speed(record)] if timed else []), *cells]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"| KLD from {reference['label']} | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
     for record in others:
         name = "kld" if record["beside"]["kld"] else "kld_bound"
